@@ -1,0 +1,82 @@
+"""What all tests share: the import order, the pack under a private name, and skips that say why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "seg_pack_under_test"
+NEEDS_COMFYUI = ("host", "server", "browser")
+
+
+def _order_import_path() -> None:
+    """Put the repository last: in front, its `nodes/` would shadow ComfyUI's `nodes.py`."""
+    others = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    sys.path[:] = [*others, str(ROOT)]
+
+
+_order_import_path()
+
+
+def load_pack(folder: Path, name: str) -> ModuleType:
+    """Load a node pack by path, as ComfyUI does, under the given module name."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if PACKAGE not in sys.modules:
+    load_pack(ROOT, PACKAGE)
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """The node pack; reach its parts with `importlib.import_module(pack.__name__ + ".nodes")`."""
+    return sys.modules[PACKAGE]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+class _Skipped(pytest.Item):
+    def runtest(self):
+        pytest.skip("needs ComfyUI: run `python dev.py test`, or set COMFYUI_PATH")
+
+
+class _NeedsComfyUI(pytest.File):
+    def collect(self):
+        yield _Skipped.from_parent(self, name="needs_comfyui")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector):
+    """Without a ComfyUI, show the files that need one as skipped instead of importing them."""
+    if not os.environ.get("COMFYUI_PATH") and _needs_comfyui(module_path):
+        return _NeedsComfyUI.from_parent(parent, path=module_path)
+    return None
+
+
+def _needs_comfyui(path: Path) -> bool:
+    is_test = path.name.startswith("test_") and path.suffix == ".py"
+    return is_test and path.parent.name in NEEDS_COMFYUI
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test by the folder it lies in."""
+    for item in items:
+        if item.path.parent.name in NEEDS_COMFYUI:
+            item.add_marker(item.path.parent.name)
