@@ -1,0 +1,16 @@
+"""Shape annotations: checked while testing, inert at run time.
+
+This module deliberately adds no dependency: without jaxtyping the annotations stay strings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxtyping import Float as Float
+else:
+    try:
+        from jaxtyping import Float
+    except ImportError:
+        Float = None
