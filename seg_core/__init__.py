@@ -5,9 +5,17 @@ Source: Susung Hong, "Smoothed Energy Guidance", arXiv:2408.00760.
 
 from __future__ import annotations
 
+from .attention import attention_output as attention_output
+from .attention import attention_weights as attention_weights
+from .attention import smoothed_attention as smoothed_attention
 from .blur import blur_queries as blur_queries
 from .blur import is_identity as is_identity
 from .blur import mean_queries as mean_queries
+from .energy import attention_energy as attention_energy
+from .energy import energy_curvature as energy_curvature
+from .energy import logit_variance as logit_variance
+from .energy import mean_logsumexp as mean_logsumexp
+from .energy import smoothed_logits as smoothed_logits
 from .grid import TokenGrid as TokenGrid
 from .grid import as_grid as as_grid
 from .grid import halved_grid as halved_grid
