@@ -20,6 +20,10 @@ from .grid import TokenGrid as TokenGrid
 from .grid import as_grid as as_grid
 from .grid import halved_grid as halved_grid
 from .grid import require_tokens as require_tokens
+from .guidance import RESCALE_MODES as RESCALE_MODES
+from .guidance import Window as Window
+from .guidance import apply_guidance as apply_guidance
+from .guidance import blend as blend
 from .kernels import KERNELS as KERNELS
 from .kernels import gaussian_matrix as gaussian_matrix
 from .kernels import require_kernel as require_kernel
