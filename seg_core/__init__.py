@@ -8,6 +8,11 @@ from __future__ import annotations
 from .attention import attention_output as attention_output
 from .attention import attention_weights as attention_weights
 from .attention import smoothed_attention as smoothed_attention
+from .blocks import Block as Block
+from .blocks import Target as Target
+from .blocks import describe as describe
+from .blocks import describe_targets as describe_targets
+from .blocks import select as select
 from .blur import blur_queries as blur_queries
 from .blur import is_identity as is_identity
 from .blur import mean_queries as mean_queries

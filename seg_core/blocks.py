@@ -1,0 +1,125 @@
+"""The block selector language: text in, existing self-attention layers out.
+
+Nothing here knows a model; the host says which blocks there are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from .catalogue import LETTERS, all_targets, numbered, part_names
+from .catalogue import Block as Block
+from .catalogue import Target as Target
+from .catalogue import describe as describe
+from .catalogue import describe_targets as describe_targets
+
+_PARTS = {letter: part for part, letter in LETTERS.items()}
+
+_RANGE = r"(\d+)(?:-(\d+))?"
+_UNET_TERM = re.compile(rf"([dmu]){_RANGE}(?:\.{_RANGE})?")
+_LIST_TERM = re.compile(rf"(?:([^.,]*[^.,\d-])\.)?{_RANGE}")
+_BROKEN_NUMBER = re.compile(r"\d\s+\d")
+
+
+def select(
+    selector: str, catalogue: Sequence[Block], auto: Sequence[Target] = ()
+) -> tuple[Target, ...]:
+    """Return the layers that a selector names.
+
+    A selector is a comma list; the result is the union of its terms:
+
+    * ``auto``: the host's choice for this model;
+    * UNets: ``input``, ``middle``, ``output``; ``d4``, ``m0``, ``u2`` for the n-th block *with
+      attention* of these parts, ``d4-5``; ``u0.2``, ``d2.2-9`` for layers of a block, and
+      ``d0-2.1`` for that layer of each of the blocks;
+    * lists of transformer blocks: ``double``, ``double.7-9``, and plain ``7-9`` where the model
+      has one list; numbers are the model's own.
+
+    Convention: case and white space do not matter, but numbers need a comma between them; empty
+    terms (a comma too many) are skipped.
+
+    Args:
+        selector: the text.
+        catalogue: the model's blocks, in forward order.
+        auto: the host's choice.
+
+    Returns:
+        The layers in forward order, each once; never empty.
+
+    Raises:
+        ValueError: if a term does not name existing layers, or nothing is named; the message
+            lists what exists.
+    """
+    if not catalogue:
+        raise ValueError("this model has no self-attention blocks that could be selected")
+    if _BROKEN_NUMBER.search(selector):
+        raise _refusal(
+            f"numbers in the blocks must be parted by commas, got {selector!r}", catalogue
+        )
+    terms = [term for term in re.sub(r"\s", "", selector).lower().split(",") if term]
+    if not terms:
+        raise _refusal("the blocks must name at least one block, got nothing", catalogue)
+    chosen: set[Target] = set()
+    for term in terms:
+        chosen.update(_term_targets(term, catalogue, auto))
+    return tuple(target for target in all_targets(catalogue) if target in chosen)
+
+
+def _term_targets(
+    term: str, catalogue: Sequence[Block], auto: Sequence[Target]
+) -> Iterable[Target]:
+    if term == "auto":
+        if not auto:
+            raise _refusal("'auto' has no blocks for this model; name them instead", catalogue)
+        return auto
+    whole = [block for block in catalogue if block.part.lower() == term]
+    if whole:
+        return all_targets(whole)
+    if unet := _UNET_TERM.fullmatch(term):
+        letter, first, last, low, high = unet.groups()
+        blocks = _pick(term, _PARTS[letter], _ends(term, first, last), catalogue)
+        wanted = None if low is None else _ends(term, low, high)
+        return _layers(term, blocks, wanted, catalogue)
+    if listed := _LIST_TERM.fullmatch(term):
+        part, first, last = listed.groups()
+        part = _list_name(term, part, catalogue)
+        return all_targets(_pick(term, part, _ends(term, first, last), catalogue))
+    raise _refusal(f"the blocks must be written in the selector language, got {term!r}", catalogue)
+
+
+def _pick(term: str, part: str, wanted: range, catalogue: Sequence[Block]) -> list[Block]:
+    known = dict(numbered(part, catalogue))
+    if not known or wanted[0] not in known or wanted[-1] not in known:
+        raise _refusal(f"the blocks must name blocks of this model, got {term!r}", catalogue)
+    return [block for number, block in known.items() if number in wanted]
+
+
+def _layers(
+    term: str, blocks: Sequence[Block], wanted: range | None, catalogue: Sequence[Block]
+) -> list[Target]:
+    if wanted is None:
+        return list(all_targets(blocks))
+    for block in blocks:
+        if wanted[-1] >= block.transformers:
+            raise _refusal(f"the blocks must name layers of this model, got {term!r}", catalogue)
+    return [Target(block.part, block.index, layer) for block in blocks for layer in wanted]
+
+
+def _list_name(term: str, part: str | None, catalogue: Sequence[Block]) -> str:
+    lists = [name for name in part_names(catalogue) if name not in LETTERS]
+    matches = [name for name in lists if part is None or name.lower() == part]
+    if len(matches) != 1 or (part is None and len(part_names(catalogue)) != 1):
+        raise _refusal(f"the blocks must name a part of this model, got {term!r}", catalogue)
+    return matches[0]
+
+
+def _ends(term: str, first: str, last: str | None) -> range:
+    low, high = int(first), int(first if last is None else last)
+    if high < low:
+        raise ValueError(f"a range of blocks must run upwards, got {term!r}")
+    return range(low, high + 1)
+
+
+def _refusal(message: str, catalogue: Sequence[Block]) -> ValueError:
+    return ValueError(f"{message}; this model has {describe(catalogue)}")

@@ -1,0 +1,176 @@
+"""The block selector language, on catalogues like those of real models."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seg_core.blocks import Block, Target, describe, describe_targets, select
+
+SDXL = (
+    *(Block("input", index, depth) for index, depth in ((4, 2), (5, 2), (7, 10), (8, 10))),
+    Block("middle", 1, 10),
+    *(Block("output", index, 10 if index < 3 else 2) for index in range(6)),
+)
+SD15 = (
+    *(Block("input", index) for index in (1, 2, 4, 5, 7, 8)),
+    Block("middle", 1),
+    *(Block("output", index) for index in range(3, 12)),
+)
+FLUX = (*(Block("double", n) for n in range(19)), *(Block("single", n) for n in range(38)))
+WAN = tuple(Block("blocks", n) for n in range(30))
+CATALOGUES = (SDXL, SD15, FLUX, WAN)
+
+
+def layers(part, index, *numbers):
+    return tuple(Target(part, index, n) for n in numbers)
+
+
+@pytest.mark.parametrize(
+    ("selector", "catalogue", "expected"),
+    [
+        ("middle", SDXL, layers("middle", 1, *range(10))),
+        ("m0", SD15, layers("middle", 1, 0)),
+        ("d0", SDXL, layers("input", 4, 0, 1)),
+        ("u5", SDXL, layers("output", 5, 0, 1)),
+        ("d4-5", SD15, layers("input", 7, 0) + layers("input", 8, 0)),
+        ("u0.2", SDXL, layers("output", 0, 2)),
+        ("d2.2-4", SDXL, layers("input", 7, 2, 3, 4)),
+        ("d0-2.1", SDXL, tuple(Target("input", n, 1) for n in (4, 5, 7))),
+        ("u8", SD15, layers("output", 11, 0)),
+        ("double.7-9", FLUX, tuple(Target("double", n) for n in (7, 8, 9))),
+        ("single.3", FLUX, layers("single", 3, 0)),
+        ("7-9", WAN, tuple(Target("blocks", n) for n in (7, 8, 9))),
+        ("blocks.7", WAN, layers("blocks", 7, 0)),
+    ],
+)
+def test_a_term_names_its_layers(selector, catalogue, expected):
+    assert select(selector, catalogue) == expected
+
+
+def test_words_select_whole_parts():
+    assert {target.part for target in select("double", FLUX)} == {"double"}
+    assert len(select("double", FLUX)) == 19
+    assert len(select("input", SDXL)) == 24
+    assert len(select("output, middle, input", SDXL)) == 24 + 10 + 36
+
+
+def test_auto_is_the_hosts_choice_and_joins_other_terms():
+    auto = layers("middle", 1, *range(10))
+    assert select("auto", SDXL, auto) == auto
+    assert select("auto, u0.3", SDXL, auto) == (*auto, Target("output", 0, 3))
+
+
+def test_order_is_that_of_the_model_and_nothing_comes_twice():
+    assert select("u1.0, m0.3, d0.1, m0.3-4", SDXL) == (
+        Target("input", 4, 1),
+        Target("middle", 1, 3),
+        Target("middle", 1, 4),
+        Target("output", 1, 0),
+    )
+
+
+@pytest.mark.parametrize("selector", [" D2 . 2 - 4 ", "d2.2-4,", ",d2.2-4,,", "d2.2-\n4"])
+def test_case_white_space_and_spare_commas_do_not_matter(selector):
+    assert select(selector, SDXL) == layers("input", 7, 2, 3, 4)
+
+
+def test_part_names_match_in_any_case():
+    catalogue = (Block("Double_Blocks", 0), Block("single_blocks", 0))
+    assert select("DOUBLE_blocks.0", catalogue) == layers("Double_Blocks", 0, 0)
+
+
+def test_list_numbers_are_those_of_the_model():
+    catalogue = tuple(Block("joint", n) for n in (3, 7, 11))
+    assert select("7", catalogue) == layers("joint", 7, 0)
+    assert select("3-11", catalogue) == tuple(Target("joint", n) for n in (3, 7, 11))
+    with pytest.raises(ValueError, match="this model has 3, 7, 11"):
+        select("0", catalogue)
+
+
+@pytest.mark.parametrize(
+    ("selector", "catalogue"),
+    [
+        ("", SDXL),
+        (" , ", SDXL),
+        ("auto", SDXL),
+        ("d4", SDXL),
+        ("d3-4", SDXL),
+        ("u0.10", SDXL),
+        ("d0-2.2", SDXL),
+        ("m1", SD15),
+        ("m", SD15),
+        ("d", SD15),
+        ("x0", SD15),
+        ("d0.", SD15),
+        ("d-1", SD15),
+        ("-1", WAN),
+        ("d1 2", SD15),
+        ("d1 d2", SD15),
+        ("d1;d2", SD15),
+        ("7", SDXL),
+        ("7", FLUX),
+        ("double.19", FLUX),
+        ("double.7.0", FLUX),
+        ("triple.1", FLUX),
+        ("middle", FLUX),
+        ("m0", FLUX),
+        ("double", SDXL),
+        ("input.4", SDXL),
+        ("30", WAN),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(selector, catalogue):
+    with pytest.raises(ValueError, match="this model has") as caught:
+        select(selector, catalogue)
+    assert describe(catalogue) in str(caught.value)
+
+
+def test_a_range_that_runs_down_is_refused():
+    with pytest.raises(ValueError, match="upwards, got 'd2-1'"):
+        select("d2-1", SDXL)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="no self-attention blocks"):
+        select("auto", ())
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "text"),
+    [
+        (SDXL, "d0-1.0-1, d2-3.0-9, m0.0-9, u0-2.0-9, u3-5.0-1"),
+        (SD15, "d0-5, m0, u0-8"),
+        (FLUX, "double.0-18, single.0-37"),
+        (WAN, "0-29"),
+    ],
+)
+def test_a_description_is_a_selector_of_everything(catalogue, text):
+    assert describe(catalogue) == text
+    everything = [Target(b.part, b.index, n) for b in catalogue for n in range(b.transformers)]
+    assert list(select(text, catalogue)) == everything
+
+
+def test_a_selection_is_described_by_whole_blocks_and_layers():
+    chosen = select("middle, d2.2-9, d0.0, u0-1.0, u0.5", SDXL)
+    assert describe_targets(chosen, SDXL) == "d0.0, d2.2-9, m0, u0.0, u0.5, u1.0"
+    assert describe_targets((), SDXL) == ""
+
+
+@given(data=st.data(), catalogue=st.sampled_from(CATALOGUES))
+def test_every_selection_survives_its_description(data, catalogue):
+    everything = [Target(b.part, b.index, n) for b in catalogue for n in range(b.transformers)]
+    wanted = data.draw(st.sets(st.sampled_from(everything), min_size=1))
+    chosen = select(describe_targets(wanted, catalogue), catalogue)
+    assert set(chosen) == wanted
+    assert list(chosen) == [target for target in everything if target in wanted]
+
+
+@given(selector=st.text(alphabet="dmu0123456789.-, auto", max_size=12))
+def test_any_text_selects_layers_or_is_refused(selector):
+    try:
+        chosen = select(selector, SDXL, (Target("middle", 1, 0),))
+    except ValueError:
+        return
+    assert chosen
