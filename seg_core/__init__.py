@@ -33,3 +33,8 @@ from .kernels import KERNELS as KERNELS
 from .kernels import gaussian_matrix as gaussian_matrix
 from .kernels import require_kernel as require_kernel
 from .matrices import BlurMatrices as BlurMatrices
+from .saliency import blur_latent as blur_latent
+from .saliency import column_mass as column_mass
+from .saliency import degrade as degrade
+from .saliency import saliency_mask as saliency_mask
+from .saliency import spread_mass as spread_mass
