@@ -56,14 +56,15 @@ def apply_guidance(
     *,
     rescale: float = 0.0,
     rescale_mode: str = "full",
+    cond: Float[Tensor, " batch *latent"] | None = None,
     uncond: Float[Tensor, " batch *latent"] | None = None,
 ) -> Float[Tensor, " batch *latent"]:
     r"""Return the guided result, rescaled: the whole formula of the post-CFG hook.
 
     $$g = s\,(p - \tilde p), \qquad
-      d + g \left(1 - r + r\, \frac{\operatorname{std} p}{\operatorname{std}(b + g)}\right)$$
+      d + g \left(1 - r + r\, \frac{\operatorname{std} c}{\operatorname{std}(b + g)}\right)$$
 
-    with ``b = d`` for ``full`` and ``b = p`` for ``partial``. ``snf`` picks, cell by cell, either
+    with ``b = d`` for ``full`` and ``b = c`` for ``partial``. ``snf`` picks, cell by cell, either
     the CFG difference ``d - u`` or ``g``, whichever is the more salient, and adds it to the
     unconditional prediction ``u``; see `salient_fusion`.
 
@@ -81,6 +82,7 @@ def apply_guidance(
         rescale: share ``r`` of the correction, 0 to 1; ``0`` is `blend`. ``snf`` has no amount and
             ignores it.
         rescale_mode: ``"full"``, ``"partial"`` or ``"snf"``.
+        cond: the conditional prediction ``c``; ``None`` means it is ``prediction``.
         uncond: the unconditional prediction, used by ``snf`` alone; without it ``snf`` is
             `blend`.
 
@@ -106,9 +108,9 @@ def apply_guidance(
         return (base + salient_fusion(denoised.to(push.dtype) - base, push)).to(denoised.dtype)
     if rescale == 0:
         return _add(denoised, push)
-    start = denoised if rescale_mode == "full" else prediction
-    target = prediction.to(push.dtype)
-    return _add(denoised, push * rescale_factor(target, start.to(push.dtype) + push, rescale))
+    target = (prediction if cond is None else cond).to(push.dtype)
+    start = denoised.to(push.dtype) if rescale_mode == "full" else target
+    return _add(denoised, push * rescale_factor(target, start + push, rescale))
 
 
 @dataclass(frozen=True)

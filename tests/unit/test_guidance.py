@@ -87,6 +87,23 @@ def test_the_rescale_oracle_tells_the_modes_apart(generator):
         )
 
 
+@pytest.mark.parametrize("mode", ["full", "partial"])
+def test_the_wanted_spread_is_conds_whatever_prediction_is_compared(generator, mode):
+    denoised, cond, uncond, perturbed = (
+        torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64) * (n + 1)
+        for n in range(4)
+    )
+    guided = apply_guidance(
+        denoised, uncond, perturbed, 3.0, rescale=0.4, rescale_mode=mode, cond=cond
+    )
+    for sample in range(2):
+        push = 3.0 * (uncond[sample] - perturbed[sample])
+        start = denoised[sample] if mode == "full" else cond[sample]
+        ratio = cond[sample].std() / (start + push).std()
+        expected = denoised[sample] + push * (0.6 + 0.4 * ratio)
+        torch.testing.assert_close(guided[sample], expected, atol=1e-12, rtol=1e-12)
+
+
 def test_full_rescale_of_proportional_predictions_restores_the_spread(generator):
     cond, _, _, _ = predictions(generator, SHAPES[0])
     guided = apply_guidance(torch.zeros_like(cond), cond, torch.zeros_like(cond), 5.0, rescale=1.0)
