@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +23,14 @@ def _order_import_path() -> None:
     sys.path[:] = [*others, str(ROOT)]
 
 
+def _leave_in_order_when_terminated() -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that fixtures stop their servers."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 _order_import_path()
+_leave_in_order_when_terminated()
 
 
 def load_pack(folder: Path, name: str) -> ModuleType:

@@ -1,0 +1,320 @@
+"""A real ComfyUI server with this pack installed, on a folder of its own that goes away again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dev.environment import python_command
+from dev.places import DEMO_FOLDER, DEMO_PACK, PACK_FOLDER, ROOT, WINDOWS
+from dev.say import Failure, disk_errors
+
+START_SECONDS = 240
+NOT_INSTALLED = (".git", ".venv", ".artifacts", "__pycache__")
+
+
+class Server:
+    """ComfyUI on a free port; use as a context manager.
+
+    Args:
+        tree: the ComfyUI source tree to run.
+        demo: install the demo model's development-only pack too.
+        port: a fixed port, or None for any free one.
+        models: show this folder as the server's `models`.
+        on_line: called with every line of the server's log.
+    """
+
+    def __init__(
+        self,
+        tree: Path,
+        *,
+        demo: bool = False,
+        port: int | None = None,
+        models: Path | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> None:
+        self.tree = tree
+        self.packs = {PACK_FOLDER: ROOT, **({DEMO_FOLDER: DEMO_PACK} if demo else {})}
+        self.port = port if port is not None else free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.lines: list[str] = []
+        self._models = models
+        self._on_line = on_line
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self.base = Path()
+
+    def __enter__(self) -> Server:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.stop()
+
+    @property
+    def log(self) -> str:
+        """Everything the server has printed so far."""
+        return "\n".join(self.lines)
+
+    def is_alive(self) -> bool:
+        """Tell whether the server is running."""
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> None:
+        require_free(self.port)
+        with disk_errors(tempfile.gettempdir()):
+            self.base = Path(tempfile.mkdtemp(prefix="seg-host-"))
+            for name in ("custom_nodes", "input", "output", "user"):
+                (self.base / name).mkdir()
+            if self._models is not None:
+                link_folder(self._models, self.base / "models")
+            for name in ("checkpoints", "controlnet"):
+                (self.base / "models" / name).mkdir(parents=True, exist_ok=True)
+            for name, source in self.packs.items():
+                link_folder(source, self.base / "custom_nodes" / name)
+        self._process = subprocess.Popen(
+            self._command(),
+            cwd=self.tree,
+            env=server_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=not WINDOWS,  # Ctrl-C reaches us only; we stop the server
+            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if WINDOWS else 0,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._wait_until_ready()
+
+    def _command(self) -> list[str]:
+        database = (self.base / "user" / "comfyui.db").as_posix()
+        return python_command(
+            self.tree / "main.py",
+            *("--base-directory", self.base),
+            *("--port", self.port),
+            *("--database-url", f"sqlite:///{database}"),
+            *("--disable-auto-launch", "--disable-api-nodes", "--preview-method", "none"),
+            *device_flags(),
+        )
+
+    def _read(self) -> None:
+        for line in self._process.stdout if self._process and self._process.stdout else ():
+            text = re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip()
+            self.lines.append(text)
+            if self._on_line:
+                self._on_line(text)
+
+    def _wait_until_ready(self) -> None:
+        limit = time.monotonic() + START_SECONDS
+        while time.monotonic() < limit:
+            self._require_alive("while starting")
+            try:
+                self.get("/system_stats")
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return self._require_packs()
+        raise Failure(f"ComfyUI did not answer within {START_SECONDS} s; {self._last_words()}")
+
+    def _require_packs(self) -> None:
+        failed = [line for line in self.lines if "IMPORT FAILED" in line]
+        if failed:
+            cause = next((line for line in self.lines if "Error while calling" in line), failed[0])
+            raise Failure(f"ComfyUI could not load a pack: {cause.strip()}")
+
+    def _require_alive(self, when: str) -> None:
+        if not self.is_alive():
+            time.sleep(0.2)  # let the reader take the last lines
+            if re.search(r"address already in use|winerror 10048", self.log, re.IGNORECASE):
+                raise Failure(f"Port {self.port} is taken; choose another with --port.")
+            raise Failure(f"ComfyUI stopped {when}; {self._last_words()}")
+
+    def _last_words(self) -> str:
+        said = [line for line in self.lines if line.strip()]
+        return f"its last line was: {said[-1].strip()}" if said else "it printed nothing"
+
+    def stop(self) -> None:
+        """End the server and remove its folder; safe to call again."""
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if process is not None and process.stdout and self._reader:
+            self._reader.join(5)
+            process.stdout.close()
+        if self.base != Path():
+            shutil.rmtree(self.base, ignore_errors=True)
+            self.base = Path()
+
+    def get(self, path: str) -> bytes:
+        """Return the body at `path`; an HTTP error status raises `HTTPError`."""
+        with urllib.request.urlopen(self.url + urllib.parse.quote(path, safe="/?=&%")) as answer:
+            return answer.read()
+
+    def json(self, path: str) -> Any:
+        """Return the JSON document at `path`."""
+        return json.loads(self.get(path))
+
+    def post(self, path: str, document: Mapping[str, Any]) -> tuple[int, Any]:
+        """Post a JSON document; return the HTTP status and the answer's document."""
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(document).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, _document(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, _document(error.read())
+
+    def queue(self, graph: Mapping[str, Any], client: str = "dev") -> str:
+        """Queue an API-format workflow and return its id."""
+        status, answer = self.post("/prompt", {"prompt": graph, "client_id": client})
+        if status != 200:
+            raise Failure(f"ComfyUI refused the workflow: {refusal(answer)}")
+        return answer["prompt_id"]
+
+    def finished(self, prompt_id: str, seconds: float = 300) -> dict[str, Any]:
+        """Wait for a queued workflow and return its history entry, good or bad."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            self._require_alive("while running a workflow")
+            history = self.json(f"/history/{prompt_id}")
+            if prompt_id in history and history[prompt_id].get("status"):
+                return history[prompt_id]
+            time.sleep(0.1)
+        raise Failure(f"The workflow did not finish within {seconds:g} s.")
+
+    def run(self, graph: Mapping[str, Any], seconds: float = 300) -> dict[str, Any]:
+        """Queue a workflow, wait for it, and return its outputs by node id."""
+        entry = self.finished(self.queue(graph), seconds)
+        error = execution_error(entry)
+        if error is not None:
+            raise Failure(f"Node {error['node_type']} failed: {error['exception_message'].strip()}")
+        return entry["outputs"]
+
+    def image_bytes(self, image: Mapping[str, str]) -> bytes:
+        """Return the file behind one entry of an output's `images`."""
+        return self.get("/view?" + urllib.parse.urlencode(dict(image)))
+
+
+def _document(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")
+
+
+def execution_error(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what ComfyUI recorded about the node that failed, or None."""
+    for name, details in entry["status"]["messages"]:
+        if name == "execution_error":
+            return details
+    return None
+
+
+def refusal(answer: Any) -> str:
+    """Say in one line why a workflow was refused."""
+    if not isinstance(answer, dict):
+        return str(answer)
+    causes = [
+        f"{node.get('class_type')}: {error.get('message')} ({error.get('details')})"
+        for node in (answer.get("node_errors") or {}).values()
+        for error in node.get("errors", [])
+    ]
+    error = answer.get("error")
+    general = error.get("message", error) if isinstance(error, dict) else error
+    return "; ".join(causes) or str(general)
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def require_free(port: int) -> None:
+    """Refuse a port on which something listens already."""
+    with socket.socket() as probe:
+        if not WINDOWS:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise Failure(f"Port {port} is taken; choose another with --port.") from error
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make `target` show `source`: a link, on Windows a junction, else a copy."""
+    try:
+        if WINDOWS:
+            import _winapi
+
+            _winapi.CreateJunction(str(source), str(target))
+        else:
+            target.symlink_to(source, target_is_directory=True)
+    except OSError:
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*NOT_INSTALLED))
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make a large file appear at `target` without copying it where that is possible."""
+    for way in (os.symlink, os.link, shutil.copyfile):
+        try:
+            way(source, target)
+        except OSError as error:
+            problem = error
+        else:
+            return
+    raise Failure(f"Cannot place {source} at {target}: {problem.strerror}.")
+
+
+def server_environment() -> dict[str, str]:
+    """Return the environment of the server: no hub look-ups, unbuffered output."""
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads crawl when the cores are shared
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+@cache
+def device_flags() -> tuple[str, ...]:
+    """Return `--cpu` unless the environment's PyTorch can use a GPU."""
+    if sys.platform == "darwin":
+        return ()
+    check = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    answer = subprocess.run(python_command("-c", check), capture_output=True, check=False)
+    return () if answer.returncode == 0 else ("--cpu",)

@@ -1,0 +1,123 @@
+"""The walls: `seg_core` without ComfyUI, imports one way, the pack under any folder name."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE = ROOT / "seg_core"
+ORDER = ("grid", "blur", "attention", "energy")  # each may import those before it
+HOST = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server")
+BLOCKED_IMPORT = """
+import sys
+
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {host!r}:
+            raise ImportError(f"seg_core reached for {{name}}")
+
+sys.meta_path.insert(0, Wall())
+sys.path.append({root!r})
+import seg_core
+for name in {modules!r}:
+    __import__("seg_core." + name)
+"""
+LOAD = """
+import asyncio, sys
+sys.path.insert(0, {tree!r})
+from comfy.cli_args import args
+args.cpu = True
+import nodes
+for folder in {folders!r}:
+    nodes.NODE_CLASS_MAPPINGS.clear()
+    assert asyncio.run(nodes.load_custom_node(folder)), folder
+    print(*nodes.NODE_CLASS_MAPPINGS)
+import nodes as again
+assert hasattr(again, "KSampler"), again
+"""
+
+
+def imported_siblings(path: Path) -> set[str]:
+    """Return the seg_core modules that a seg_core module imports."""
+    found = set()
+    for entry in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(entry, ast.ImportFrom) and entry.level:
+            found.add(entry.module or "")
+            found.update(alias.name for alias in entry.names if not entry.module)
+            assert entry.level == 1, f"{path.name} imports from outside seg_core"
+    return found
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT.parent,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_seg_core_imports_without_comfyui():
+    modules = [path.stem for path in CORE.glob("*.py") if path.stem != "__init__"]
+    answer = python(BLOCKED_IMPORT.format(host=HOST, root=str(ROOT), modules=modules))
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_point_one_way(name):
+    later = set(ORDER[ORDER.index(name) + 1 :])
+    reached, waiting = set(), [name]
+    while waiting:
+        for sibling in imported_siblings(CORE / f"{waiting.pop()}.py") - reached:
+            reached.add(sibling)
+            if (CORE / f"{sibling}.py").exists():
+                waiting.append(sibling)
+    assert not reached & later
+
+
+@pytest.mark.parametrize("path", sorted(CORE.glob("*.py")), ids=lambda path: path.stem)
+def test_seg_core_never_imports_the_nodes(path):
+    imported_siblings(path)
+    names = {
+        name.partition(".")[0]
+        for entry in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in entry.names]
+            if isinstance(entry, ast.Import)
+            else [entry.module or ""]
+            if isinstance(entry, ast.ImportFrom) and not entry.level
+            else []
+        )
+    }
+    assert not names & set(HOST)
+
+
+def test_the_entry_point_imports_nothing_of_comfyui(pack):
+    assert pack.WEB_DIRECTORY == "./web"
+    assert set(pack.__all__) == {"WEB_DIRECTORY", "comfy_entrypoint"}
+
+
+@pytest.mark.skipif(not os.environ.get("COMFYUI_PATH"), reason="needs COMFYUI_PATH")
+def test_comfyui_loads_the_pack_under_any_folder_name(tmp_path):
+    folders = [tmp_path / name for name in ("x-y.z", "ComfyUI-SEG", "main", "nodes", "two words")]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(ROOT / "__init__.py", folder)
+        for part in ("nodes", "seg_core", "web"):
+            clean = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, folder / part, ignore=clean)
+    code = LOAD.format(tree=os.environ["COMFYUI_PATH"], folders=[str(each) for each in folders])
+    answer = python(code)
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    assert len(lines) == len(folders)
+    assert all("SEGuidance" in line.split() for line in lines)
