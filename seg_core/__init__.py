@@ -17,9 +17,11 @@ from .blur import blur_queries as blur_queries
 from .blur import is_identity as is_identity
 from .blur import mean_queries as mean_queries
 from .energy import attention_energy as attention_energy
+from .energy import blur_slopes as blur_slopes
 from .energy import energy_curvature as energy_curvature
 from .energy import logit_variance as logit_variance
 from .energy import mean_logsumexp as mean_logsumexp
+from .energy import row_curvature as row_curvature
 from .energy import smoothed_logits as smoothed_logits
 from .grid import TokenGrid as TokenGrid
 from .grid import as_grid as as_grid

@@ -137,11 +137,54 @@ def energy_curvature(
     grid = as_grid(grid)
     require_tokens(logits.shape[-2], grid)
     work = logits.to(working_dtype(logits))
-    weights = torch.softmax(smoothed_logits(work, grid, sigma, kernel=kernel), dim=-1)
-    row_curvature = 1.0 - weights.square().sum(dim=-1)
+    smoothed = smoothed_logits(work, grid, sigma, kernel=kernel)
+    slopes = blur_slopes(grid, sigma, kernel=kernel).to(work)
+    return (slopes * row_curvature(smoothed)).sum(dim=-1)
+
+
+def row_curvature(logits: Float[Tensor, "... queries keys"]) -> Float[Tensor, "... queries"]:
+    r"""Return the curvature that each query's log-sum-exp has in its own logits.
+
+    $$\operatorname{tr} \nabla^2 \operatorname{lse}(a_i) = 1 - \sum_k p_{ik}^2, \qquad
+      p_i = \operatorname{softmax}(a_i)$$
+
+    Source: SEG, arXiv:2408.00760, Theorem 3.1; see `energy_curvature`.
+
+    Convention: as `attention_energy`.
+
+    Args:
+        logits: attention logits, blurred or not, of all queries or some.
+
+    Returns:
+        One number from 0 to 1 per query; 0 where it attends to one key alone.
+    """
+    weights = torch.softmax(logits.to(working_dtype(logits)), dim=-1)
+    return 1.0 - weights.square().sum(dim=-1)
+
+
+def blur_slopes(
+    grid: GridLike, sigma: float, *, kernel: str = "reference"
+) -> Float[Tensor, " tokens"]:
+    r"""Return how much of each query's curvature a blur lets through, $\sum_j B_{ij}^2$.
+
+    Source: SEG, arXiv:2408.00760, Theorem 3.1; see `energy_curvature`.
+
+    Convention: as `blur_queries`; float64.
+
+    Args:
+        grid: the token grid of the queries.
+        sigma: blur width in cells.
+        kernel: see `gaussian_matrix`.
+
+    Returns:
+        One number from 0 to 1 per query; 1 without blur.
+
+    Raises:
+        ValueError: as `blur_queries`.
+    """
+    grid = as_grid(grid)
     vertical, horizontal = (
-        gaussian_matrix(size, sigma, kernel=kernel).square().sum(dim=1)
+        gaussian_matrix(size, sigma, kernel=kernel).double().square().sum(dim=1)
         for size in (grid.height, grid.width)
     )
-    slopes = torch.outer(vertical, horizontal).flatten().repeat(grid.frames)
-    return (slopes.to(work) * row_curvature).sum(dim=-1)
+    return torch.outer(vertical, horizontal).flatten().repeat(grid.frames)

@@ -1,0 +1,93 @@
+"""What one sampling run did, said in one line when it ends, and what it did not, as warnings."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Report:
+    """Counts of one sampling run."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.guided: Counter[Any] = Counter()
+        self.shared: Counter[Any] = Counter()
+        self.full: Counter[tuple[Any, str]] = Counter()
+        self.hits: Counter[tuple[Any, Any]] = Counter()
+        self.calls: Counter[Any] = Counter()
+        self.controls_evaluated = 0
+        self._said: dict[str, None] = {}
+        self.milliseconds = 0.0
+        """Of one evaluation, on average; known when the run is over."""
+        self._began = 0.0
+
+    def count_step(self) -> None:
+        """Count one evaluation of the guided model."""
+        self.steps += 1
+        if self.steps == 1:
+            self._began = time.perf_counter()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return what was warned of so far."""
+        return tuple(self._said)
+
+    def reached(self, branch: Any, site: Any) -> None:
+        """Count one perturbed model call, and the blocks whose queries it changed."""
+        self.calls[branch] += 1
+        for target in site.reached:
+            self.hits[branch, target] += 1
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, the first time in this run that it is to be said."""
+        if message not in self._said:
+            self._said[message] = None
+            log.warning(message)
+
+    def finish(self, branches: list[Any]) -> None:
+        """Say what the run did; the time of its steps ends here."""
+        self.milliseconds = 1000 * (time.perf_counter() - self._began) / max(self.steps, 1)
+        for branch in branches:
+            self._warn(branch)
+            if self.guided[branch]:
+                log.info(self.line(branch))
+
+    def line(self, branch: Any) -> str:
+        """Return one line on what a branch did."""
+        why = {reason: n for (owner, reason), n in self.full.items() if owner is branch}
+        passes = f"{self.shared[branch]} shared, {sum(why.values())} full passes"
+        reasons = "; ".join(f"{n} because {reason}" for reason, n in why.items() if reason)
+        return (
+            f"{branch.perturbation.label}: {branch.perturbation.where}, "
+            f"{self.guided[branch]} of {self.steps} model evaluations guided, {passes}"
+            + (f" ({reasons})" if reasons else "")
+            + f", {self.milliseconds:.0f} ms per evaluation"
+        )
+
+    def _warn(self, branch: Any) -> None:
+        label = branch.perturbation.label
+        if self.steps and not self.guided[branch]:
+            percent = (branch.window.start_percent, branch.window.end_percent)
+            self.warn_once(
+                f"{label} had no effect: its window {percent[0]:g} to {percent[1]:g} of sampling "
+                f"covers none of the {self.steps} model evaluations of this run."
+            )
+        if not self.calls[branch]:
+            if self.guided[branch] and branch.side != "free":
+                self.warn_once(
+                    f"{label} had no effect: its perturbed pass never reached the model. Either "
+                    "no conditioning is active there, or another node answers in its place."
+                )
+            return
+        missed = [t for t in branch.perturbation.targets if not self.hits[branch, t]]
+        if missed:
+            self.warn_once(
+                f"{label}: block {branch.perturbation.name(missed)} was never reached, so it adds "
+                "nothing to the guidance. Another node runs the model in its own way, or replaces "
+                "these blocks."
+            )

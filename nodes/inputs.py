@@ -1,0 +1,126 @@
+"""Inputs that several nodes have in common; each tooltip gives meaning, unit and neutral value."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..seg_core import RESCALE_MODES
+
+
+def model() -> io.Input:
+    """Return the model input."""
+    return io.Model.Input(
+        "model",
+        tooltip="The model to guide. If its self-attention cannot be reached, an error says why.",
+    )
+
+
+def scale(default: float, meaning: str) -> io.Input:
+    """Return the weight of the guidance."""
+    return io.Float.Input(
+        "scale",
+        default=default,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.001,
+        tooltip=f"{meaning} 0 = off, at no cost.",
+    )
+
+
+def window() -> list[io.Input]:
+    """Return the two ends of the active part of sampling."""
+    return [
+        _share(
+            "start_percent",
+            0.0,
+            "Where guidance begins, as a share of sampling. Later keeps the composition. "
+            "0 = from the first step.",
+        ),
+        _share(
+            "end_percent",
+            1.0,
+            "Where guidance ends, as a share of sampling. Steps after it cost nothing. "
+            "1 = to the last step.",
+        ),
+    ]
+
+
+def blocks(meaning: str) -> io.Input:
+    """Return the block selector."""
+    return io.String.Input(
+        "blocks",
+        default="auto",
+        optional=True,
+        advanced=True,
+        tooltip=f"{meaning} Or a comma list: middle, input, output, d4, m0, u2, d4-5, u0.2, "
+        "d2.2-9. A block that does not exist is an error that lists what does.",
+    )
+
+
+def branch(options: dict[str, str]) -> io.Input:
+    """Return which prediction is perturbed; the first option is the default."""
+    return io.Combo.Input(
+        "branch",
+        options=list(options),
+        default=next(iter(options)),
+        optional=True,
+        advanced=True,
+        tooltip="Which prediction to perturb. "
+        + " ".join(f"{name} = {meaning}" for name, meaning in options.items()),
+    )
+
+
+def rescale() -> list[io.Input]:
+    """Return the pull against oversaturation."""
+    return [
+        _share(
+            "rescale",
+            0.0,
+            "How far to pull the contrast of each image back to that of the unguided prediction, "
+            "against oversaturation. 0 = not at all.",
+            advanced=True,
+        ),
+        io.Combo.Input(
+            "rescale_mode",
+            options=list(RESCALE_MODES),
+            default="full",
+            optional=True,
+            advanced=True,
+            tooltip="What rescale measures. full = the result with cfg. partial = the prediction "
+            "with this guidance alone. snf = instead of rescaling, take in each place the stronger "
+            "of cfg and this guidance. Neutral while rescale is 0: full and partial.",
+        ),
+    ]
+
+
+def reuse() -> io.Input:
+    """Return the switch of exact reuse."""
+    return io.Boolean.Input(
+        "reuse",
+        default=True,
+        optional=True,
+        advanced=True,
+        tooltip="Take what the plain prediction has already computed, exactly, instead of "
+        "computing it again. Saves about a third of the extra pass and all of its ControlNets. "
+        "Off = a whole extra pass.",
+    )
+
+
+def guided_model() -> io.Output:
+    """Return the model output."""
+    return io.Model.Output(tooltip="The model, guided. The model that came in is unchanged.")
+
+
+def _share(name: str, default: float, tooltip: str, *, advanced: bool = False) -> io.Input:
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        round=0.001,
+        optional=advanced,
+        advanced=advanced,
+        tooltip=tooltip,
+    )
