@@ -15,6 +15,7 @@ Graph = dict[str, dict[str, Any]]
 SHIPPED = ROOT / "example_workflows" / "api"
 COMPARISON = "SEG_SDXL_sigma_comparison.json"
 GUIDANCE = "SEGuidance"
+GUIDANCES = (GUIDANCE, "SEGuidanceSAG", "SEGuidancePAG")
 OFF = "off"
 INFINITE = "infinite"
 
@@ -147,7 +148,7 @@ def for_stock_test(graph: Graph, names: dict[str, str], *, shrink: int = 8) -> G
         names: file names of `checkpoint`, `controlnet` and `image`.
         shrink: what widths and heights are divided by, then brought to 64..256.
     """
-    changed = copy.deepcopy(graph)
+    changed = _with_one_loader(graph)
     fixed = {
         "ckpt_name": names["checkpoint"],
         "control_net_name": names["controlnet"],
@@ -165,10 +166,26 @@ def for_stock_test(graph: Graph, names: dict[str, str], *, shrink: int = 8) -> G
     return changed
 
 
+def _with_one_loader(graph: Graph) -> Graph:
+    """Return a graph whose separate loaders of network, encoder and VAE are one checkpoint's."""
+    slots = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
+    separate = {key: slots[n["class_type"]] for key, n in graph.items() if n["class_type"] in slots}
+    changed = {key: copy.deepcopy(node) for key, node in graph.items() if key not in separate}
+    if separate:
+        changed["checkpoint"] = _node("CheckpointLoaderSimple", ckpt_name="")
+    for node in changed.values():
+        for name, link in links(node).items():
+            if str(link[0]) in separate:
+                node["inputs"][name] = ["checkpoint", separate[str(link[0])]]
+    return changed
+
+
 def without_guidance(graph: Graph) -> Graph:
     """Return the graph with every guidance node bypassed."""
     changed = copy.deepcopy(graph)
-    guides = {key: inputs["model"] for key, inputs in of_class(graph, GUIDANCE)}
+    for _, inputs in of_class(changed, "SEGuidanceSweep"):
+        inputs["scales"] = "0"
+    guides = {key: inputs["model"] for key, inputs in of_class(graph, *GUIDANCES)}
     for node in changed.values():
         for name, value in links(node).items():
             source = value
