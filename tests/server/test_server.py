@@ -1,0 +1,148 @@
+"""The pack in the real server: what it registers, serves, renders and refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dev import graphs
+from dev.host import Server, execution_error, refusal
+from dev.places import PACK_FOLDER
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+SHIPPED = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
+GOLDEN = json.loads((ROOT / "tests" / "goldens" / "node_inputs.json").read_text())
+
+
+def pixels(host: Server, outputs: dict[str, Any]) -> np.ndarray:
+    found = [
+        np.asarray(Image.open(io.BytesIO(host.image_bytes(image))).convert("RGB"), dtype=float)
+        for _, output in sorted(outputs.items())
+        for image in output.get("images", [])
+    ]
+    assert found, "the workflow shows no picture"
+    return np.concatenate([image.ravel() for image in found])
+
+
+def failure(host: Server, graph: graphs.Graph) -> str:
+    """Queue a graph that must fail; return what the person is told."""
+    status, answer = host.post("/prompt", {"prompt": graph})
+    if status != 200:
+        return refusal(answer)
+    error = execution_error(host.finished(answer["prompt_id"]))
+    assert error is not None, "the workflow ran, but it should have been refused"
+    return f"{error['node_type']}: {error['exception_message']}"
+
+
+def test_the_pack_loads_without_a_complaint(host):
+    lines = [line for line in host.lines if PACK_FOLDER in line or "SEG" in line]
+    assert any(PACK_FOLDER in line for line in lines)
+    assert not [line for line in lines if "FAILED" in line or "Error" in line or "WARNING" in line]
+
+
+@pytest.mark.parametrize("node", sorted(GOLDEN))
+def test_nodes_are_registered_exactly_as_declared(host, node):
+    info = host.json(f"/object_info/{node}")[node]
+    assert info["python_module"] == f"custom_nodes.{PACK_FOLDER}"
+    declared = {part: names for part, names in info["input_order"].items() if part != "hidden"}
+    assert declared == GOLDEN[node]["input_order"]
+    assert info["output"] == GOLDEN[node]["output"]
+
+
+def test_no_other_node_is_registered(host):
+    everything = host.json("/object_info")
+    ours = {k for k, v in everything.items() if v["python_module"].endswith("." + PACK_FOLDER)}
+    assert ours == set(GOLDEN)
+
+
+@pytest.mark.parametrize("node", sorted(GOLDEN))
+def test_every_input_has_a_tooltip(host, node):
+    inputs = host.json(f"/object_info/{node}")[node]["input"]
+    for name, (_, *options) in {**inputs["required"], **inputs.get("optional", {})}.items():
+        assert options, f"{node}.{name}"
+        assert options[0].get("tooltip"), f"{node}.{name}"
+
+
+@pytest.mark.parametrize("node", sorted(GOLDEN))
+def test_help_pages_are_served(host, node):
+    page = host.get(f"/extensions/{PACK_FOLDER}/docs/{node}.md").decode()
+    for name in (name for part in GOLDEN[node]["input_order"].values() for name in part):
+        assert name in page
+
+
+def test_templates_are_listed_and_served(host):
+    assert sorted(host.json("/workflow_templates").get(PACK_FOLDER, [])) == TEMPLATES
+    for name in TEMPLATES:
+        json.loads(host.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.json"))
+
+
+def test_there_are_shipped_workflows():
+    assert len(SHIPPED) >= 5
+    assert sorted(path.stem for path in SHIPPED) == TEMPLATES
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_workflows_run_and_differ_from_off(host, names, path):
+    graph = graphs.for_stock_test(graphs.load(path), names)
+    guided = pixels(host, host.run(graph))
+    plain = pixels(host, host.run(graphs.without_guidance(graph)))
+    assert guided.std() > 5  # neither black nor flat: random weights still make texture
+    assert np.abs(guided - plain).max() > 1
+
+
+@pytest.mark.parametrize("guidance", [{}, {"infinite_blur": False, "blur_sigma": 1.0}])
+def test_guidance_changes_the_image(host, names, guidance):
+    graph = graphs.text_to_image(names["checkpoint"], **guidance)
+    guided = pixels(host, host.run(graph))
+    plain = pixels(host, host.run(graphs.without_guidance(graph)))
+    assert np.abs(guided - plain).max() > 1
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [{"scale": 0.0}, {"infinite_blur": False, "blur_sigma": 0.0}, {"start_percent": 1.0}],
+    ids=["scale 0", "sigma 0", "empty window"],
+)
+def test_neutral_settings_give_the_plain_image(host, names, guidance):
+    graph = graphs.text_to_image(names["checkpoint"], **guidance)
+    neutral = pixels(host, host.run(graph))
+    plain = pixels(host, host.run(graphs.without_guidance(graph)))
+    np.testing.assert_array_equal(neutral, plain)
+
+
+BAD = {
+    "unknown block": ({"blocks": "d99"}, ["d99"]),
+    "not a selector": ({"blocks": "everywhere"}, ["everywhere"]),
+    "start after end": ({"start_percent": 0.8, "end_percent": 0.2}, ["start", "end"]),
+    "negative scale": ({"scale": -1.0}, ["scale"]),
+    "NaN scale": ({"scale": float("nan")}, ["scale"]),
+    "NaN sigma": ({"infinite_blur": False, "blur_sigma": float("nan")}, ["sigma"]),
+    "unknown branch": ({"branch": "sideways"}, ["branch"]),
+    "unknown kernel": ({"kernel": "box"}, ["kernel"]),
+    "no number": ({"scale": "strong"}, ["scale"]),
+}
+
+
+@pytest.mark.parametrize(("guidance", "words"), BAD.values(), ids=BAD)
+def test_bad_input_names_node_and_cause_and_the_server_goes_on(host, names, guidance, words):
+    message = failure(host, graphs.text_to_image(names["checkpoint"], **guidance))
+    assert graphs.GUIDANCE in message
+    for word in words:
+        assert word in message
+    assert host.run(graphs.text_to_image(names["checkpoint"]))
+
+
+def test_the_demo_model_is_guided_too(host):
+    part = graphs.columns(graphs.comparison())[graphs.INFINITE]
+    graph = graphs.for_demo_model(part, "3", size=32, batch=1)
+    graph = graphs.with_sampling(graph, cfg=1.0, seed=1, steps=4)
+    guided = pixels(host, host.run(graph))
+    plain = pixels(host, host.run(graphs.without_guidance(graph)))
+    assert np.abs(guided - plain).max() > 1
