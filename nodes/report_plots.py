@@ -28,12 +28,12 @@ NEEDS_MATPLOTLIB = (
     "nodes of this pack do not need it."
 )
 STYLE = {
-    "font.size": 19,
-    "axes.titlesize": 21,
+    "font.size": 20,
+    "axes.titlesize": 22,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 18,
-    "legend.fontsize": 17,
+    "axes.labelsize": 19,
+    "legend.fontsize": 18,
     "lines.linewidth": 3,
     "lines.markersize": 8,
     "figure.facecolor": BACKGROUND,
@@ -73,7 +73,7 @@ def plots(record: Record) -> torch.Tensor:
     """Return the plots of a run as an IMAGE: guidance, variance, energy, and time by step."""
     matplotlib = require_matplotlib()
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(9.6, 16.4), dpi=100, layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(9.6, 12.6), dpi=100, layout="constrained")
         figure.get_layout_engine().set(hspace=0.04, h_pad=0.12)
         matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
         panels = figure.subplots(4, 1)

@@ -22,10 +22,6 @@ import torch
 
 PACK = "seg_pack_under_test"
 
-# ComfyUI collects garbage for every model that goes out of use, which is slow with so much
-# imported; none of that will ever be garbage.
-gc.freeze()
-
 COMMON = {
     "image_size": 32,
     "in_channels": 4,
@@ -77,8 +73,16 @@ CONFIGS = {
 }
 
 
+@functools.cache
+def settle():
+    """Spare what is imported from the collections that ComfyUI makes for each unused model."""
+    gc.collect()
+    gc.freeze()
+
+
 def bare_model(kind, *, model_type=None, seed=0, dtype=torch.float32, **changes):
     """Return a `ModelPatcher` around a tiny model whose weights are not yet sensible."""
+    settle()
     config_class, unet = CONFIGS[kind]
     config = config_class(unet | changes)
     config.unet_config = dict(unet | changes | {"dtype": dtype})
