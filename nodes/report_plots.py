@@ -221,10 +221,11 @@ def _plot_time(panel: Axes, record: Record) -> None:
         if chosen:
             at, height, below = zip(*chosen, strict=True)
             panel.bar(at, height, bottom=below, color=colour, label=words)
-    _legend(panel, loc="lower right")
+    panel.set_ylim(0, 1.6 * max([s.milliseconds for s in record.steps] or [1.0]))
+    _legend(panel, loc="upper right")
 
 
-def _legend(panel: Axes, loc: Literal["best", "lower right"] = "best") -> None:
+def _legend(panel: Axes, loc: Literal["best", "upper right"] = "best") -> None:
     handles, labels = panel.get_legend_handles_labels()
     if handles:
         panel.legend(handles, labels, loc=loc)

@@ -1,0 +1,165 @@
+"""The comparison: its lists, its pictures and its labels."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from host_models import PACK, conditioning, counted_calls, sample, seg, shared_model
+
+SIZE = (6, 10)
+
+
+def part(name):
+    return importlib.import_module(f"{PACK}.nodes.{name}")
+
+
+class FlatVAE:
+    """Shows three channels of the latents, eight times as large."""
+
+    def decode(self, samples):
+        shown = samples[:, :3].float().sigmoid().repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return shown.movedim(1, -1)
+
+
+class Shown:
+    def __init__(self, image, cls):
+        self.image = image
+
+    def as_dict(self):
+        return {"images": [self.image]}
+
+
+@pytest.fixture(autouse=True)
+def calm_previews(monkeypatch):
+    """Previews are files; the tests want none."""
+    monkeypatch.setattr(part("sweep").ui, "PreviewImage", Shown)
+
+
+def compare(sigmas="off, infinite", scales="3", blocks="auto", *, batch=1, cfg=4.0, steps=1):
+    latent = {"samples": torch.zeros(batch, 4, *SIZE)}
+    with torch.inference_mode():
+        return part("sweep").SEGuidanceSweep.execute(
+            shared_model(), conditioning(1), conditioning(2), latent, FlatVAE(), sigmas, scales,
+            5, steps, cfg, "euler", "normal", 1.0, blocks,
+        )  # fmt: skip
+
+
+def expected(model, cfg=4.0, steps=1, batch=1):
+    noise = importlib.import_module("comfy.sample").prepare_noise(torch.zeros(batch, 4, *SIZE), 5)
+    return FlatVAE().decode(
+        sample(model, size=SIZE, noise=noise, cfg=cfg, steps=steps, batch=batch)
+    )
+
+
+def test_images_are_those_of_the_nodes_one_by_one():
+    images = compare("off, 1.5, infinite")[1]
+    for image, model in zip(
+        images,
+        (shared_model(), seg(shared_model(), 3.0, 1.5), seg(shared_model(), 3.0)),
+        strict=True,
+    ):
+        torch.testing.assert_close(image, expected(model)[0].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_grid_holds_the_images_under_their_labels():
+    grid, images = compare("off, infinite", "1, 3")[:2]
+    assert grid.shape[0] == 1
+    sheet, height, width = grid[0], 48, 80
+    gap = 2
+    for row in range(2):
+        for column in range(2):
+            top = sheet.shape[0] - (2 - row) * height - (1 - row) * gap
+            left = sheet.shape[1] - (2 - column) * width - (1 - column) * gap
+            shown = sheet[top : top + height, left : left + width]
+            torch.testing.assert_close(
+                shown, images[row * 2 + column].float(), rtol=0, atol=1 / 255
+            )
+
+
+def test_labels_differ_where_settings_do():
+    sweep = part("sweep")
+    for lists, labels in {
+        ("off, 1, infinite", "3", "auto"): (["off", "sigma 1", "infinite"], [""]),
+        ("infinite", "0, 2", "auto"): (["off", "scale 2"], [""]),
+        ("infinite", "3", "auto; m0, u0"): (["auto", "m0, u0"], [""]),
+        ("off, 4", "1, 2", "auto"): (["off", "sigma 4"], ["scale 1", "scale 2"]),
+        ("1, 4", "1, 2", "m0; u0"): (
+            ["sigma 1", "sigma 4"],
+            ["scale 1, m0", "scale 2, m0", "scale 1, u0", "scale 2, u0"],
+        ),
+        ("4", "3", "auto"): (["sigma 4"], [""]),
+    }.items():
+        assert sweep.labels(sweep.settings(*lists)) == labels
+
+
+def test_lists_are_read_as_people_write_them():
+    settings = part("sweep").settings(" OFF,1\n4.5 ,Infinite, inf", "3", "auto")
+    assert [setting.sigma for setting in settings[0]] == [0, 1, 4.5, math.inf, math.inf]
+
+
+BAD = {
+    "sigma": ({"sigmas": "1, wide"}, "'wide' in sigmas"),
+    "scale": ({"scales": "infinite"}, "'infinite' in scales"),
+    "negative": ({"scales": "-1"}, "'-1' in scales"),
+    "nan": ({"sigmas": "nan"}, "'nan' in sigmas"),
+    "empty": ({"sigmas": " , "}, "sigmas is empty"),
+    "too many": ({"sigmas": ",".join(map(str, range(70)))}, "at most 64"),
+    "block": ({"blocks": "d99"}, "d99"),
+}
+
+
+@pytest.mark.parametrize(("lists", "said"), BAD.values(), ids=BAD)
+def test_a_wrong_entry_is_named_before_anything_is_sampled(lists, said):
+    with counted_calls(shared_model()) as calls, pytest.raises(ValueError, match=said):
+        compare(**lists)
+    assert calls == []
+
+
+def test_off_is_sampled_once():
+    with counted_calls(shared_model()) as calls:
+        grid, images = compare("off, infinite", "1, 3", cfg=1.0)[:2]
+    assert len(calls) == 1 + 2 * 2
+    assert len(images) == 4
+    assert torch.equal(images[0], images[2])
+    assert grid.shape[0] == 1
+
+
+def test_each_image_of_a_batch_has_its_own_grid():
+    grid, images = compare(batch=2)[:2]
+    assert grid.shape[0] == 2
+    assert len(images) == 4
+    assert not torch.equal(grid[0], grid[1])
+
+
+def test_progress_runs_once_over_all_images(monkeypatch):
+    progress = part("host.progress")
+    seen = []
+
+    class Bar:
+        def __init__(self, total):
+            seen.append(("total", total))
+
+        def update_absolute(self, value, total, preview):
+            seen.append((value, total))
+
+    monkeypatch.setattr(progress.comfy.utils, "ProgressBar", Bar)
+    compare("off, 1, infinite", steps=2)
+    assert seen == [("total", 6), *[(n, 6) for n in range(1, 7)]]
+
+
+def test_it_can_be_interrupted():
+    management = importlib.import_module("comfy.model_management")
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        compare()
+
+
+def test_long_labels_are_made_to_fit():
+    pictures = part("pictures")
+    image = pictures.to_image(torch.zeros(40, 64, 3))
+    sheet = pictures.labelled_grid([[image, image]], ["a rather long label", "b"], ["left"])
+    assert sheet.width > 2 * 64
+    assert sheet.height > 40
