@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TokenGrid:
 GridLike: TypeAlias = TokenGrid | Sequence[int]
 
 
-def as_grid(grid: GridLike) -> TokenGrid:
+def as_grid(grid: TokenGrid | Sequence[Any]) -> TokenGrid:
     """Return ``grid`` as a `TokenGrid`.
 
     Args:
