@@ -83,6 +83,25 @@ def test_the_perturbed_pass_costs_nothing_for_a_controlnet(name):
     assert cost(name, SEG_ON, 1.0, control=True).flops - plain == without
 
 
+@pytest.mark.parametrize(
+    ("method", "cfg", "bar"),
+    [
+        (variants.SEG_AND_PAG, 7.0, 1.69),
+        (variants.SEG_AND_PAG, 1.0, 2.37),
+        (variants.OUR_PAG, 7.0, 1.35),
+        (variants.OUR_PAG, 1.0, 1.69),
+        (variants.OUR_SAG, 1.0, 2.01),
+        (variants.OUR_SAG, 7.0, 1.51),
+    ],
+)
+def test_the_relatives_and_pairs(method, cfg, bar):
+    assert 1.3 < cost("sdxl", method, cfg).flops / cost("sdxl", CFG, cfg).flops <= bar
+
+
+def test_cores_sag_makes_three_passes_at_cfg_1():
+    assert cost("sdxl", variants.CORE_SAG, 1.0).flops > 2.9 * cost("sdxl", CFG, 1.0).flops
+
+
 def test_memory_for_reuse_at_sdxl_size():
     extra = cost("sdxl", SEG_ON, 7.0).peak_bytes - cost("sdxl", CFG, 7.0).peak_bytes
     assert 40e6 < extra < 60e6

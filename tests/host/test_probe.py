@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from dit_models import available, latent_shape, sample_dit, tiny_dit
 from host_models import PACK, conditioning, core_node, sample, seg, shared_model, tiny_model
 
 SIZE = (6, 10)
@@ -346,3 +347,70 @@ def test_area_conds_and_several_samplers_are_recorded():
     )
     assert len(record.steps) == 3  # heun evaluates twice a step, but the last
     assert all(step.branches[0].guidance > 0 for step in record.steps)
+
+
+# Diffusion transformers
+
+
+def dit_attention(kind, model, shape):
+    """Return queries, keys, layout and heads of each attention call of the plain model."""
+    seen = []
+    clone = model.clone()
+
+    def keep(func, *args, **kwargs):
+        heads = args[3] if len(args) > 3 else kwargs["heads"]
+        seen.append((args[0].clone(), args[1].clone(), kwargs.get("skip_reshape", False), heads))
+        return func(*args, **kwargs)
+
+    clone.model_options["transformer_options"]["optimized_attention_override"] = keep
+    sample_dit(clone, kind, shape, steps=1, cfg=1.0)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "lumina2", "wan"])
+@pytest.mark.parametrize("sigma", [1.3, math.inf])
+def test_transformers_are_measured_too(kind, sigma):
+    if not available(kind):
+        pytest.skip(f"this ComfyUI has no {kind}")
+    shape = latent_shape(kind)
+    model = seg(tiny_dit(kind), 1.0, sigma)
+    plain = sample_dit(model, kind, shape, steps=1)
+    watched, probe = probed(model)
+    samples = sample_dit(watched, kind, shape, steps=1)
+    torch.testing.assert_close(samples, plain, rtol=1e-5, atol=1e-5)
+    record, made_it = probe.record(samples)
+    assert made_it
+    (branch,) = record.steps[0].branches.values()
+    assert branch.guidance > 0
+    assert branch.blocks
+    for block in branch.blocks.values():
+        assert block.queries == 24
+        assert block.sampled[1] == 24
+        assert block.blurred.variance < block.plain.variance
+        assert block.blurred.logsumexp < block.plain.logsumexp + 1e-6
+        assert block.blurred.curvature < block.plain.curvature
+        if sigma == math.inf:
+            assert block.blurred.variance < 1e-8
+
+
+def test_a_transformer_s_quantities_equal_dense_ones():
+    kind, shape = "sd3", latent_shape("sd3")
+    model = tiny_dit(kind, dtype=torch.float64)
+    calls = dit_attention(kind, model, shape)
+    watched, probe = probed(seg(model, 1.0, math.inf))
+    record, _ = probe.record(sample_dit(watched, kind, shape, steps=1, cfg=1.0))
+    network = importlib.import_module(PACK + ".nodes.host").network_of(model)
+    first = network.targets("auto")[0]
+    block = record.steps[0].branches[0].blocks[network.describe([first])]
+    chosen = importlib.import_module(PACK + ".nodes.host.recorder")._heads
+    found = []
+    for query, key, split, heads in calls:  # whichever is the block's, wherever its image lies
+        if not split:
+            query, key = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key))
+        for start in range(query.shape[2] - 24 + 1):
+            rows = query[0, chosen(heads), start : start + 24].double()
+            logits = rows @ key[0, chosen(heads)].double().mT / math.sqrt(rows.shape[-1])
+            variance = logits.var(dim=1, correction=0).mean()
+            found.append((float(torch.logsumexp(logits, -1).mean()), float(variance)))
+    measured = (block.plain.logsumexp, block.plain.variance)
+    assert any(one == pytest.approx(measured, rel=1e-5) for one in found)
