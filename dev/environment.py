@@ -83,7 +83,7 @@ def _require_supported_python() -> None:
 def _make(base: str) -> None:
     step(f"Making {VENV} (PyTorch, ComfyUI's requirements, test tools; first time: minutes)")
     require_space(ROOT, 1, "The environment")
-    uv = _uv(base)
+    uv = uv_command(base)
     environment = registry_settings(base)
     with disk_errors(STAMP):
         STAMP.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def _make(base: str) -> None:
     say(f"   {VENV} is ready")
 
 
-def _uv(base: str) -> Path:
+def uv_command(base: str) -> Path:
     """Return the pinned uv, fetched by pip into the shared cache at its first use."""
     folder = cache_root() / "tools" / f"uv-{UV_VERSION}"
     with locked(cache_root() / "locks" / "uv", "fetching uv"):
@@ -219,4 +219,5 @@ __all__ = [
     "registry_settings",
     "remove_tree",
     "stream",
+    "uv_command",
 ]

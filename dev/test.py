@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
-from dev import browser
+from dev import browser, registry_tools
 from dev.comfy_tree import CURRENT, FLOOR, host_tree, pinned_tree, version_of
 from dev.environment import python_command
 from dev.places import ROOT, WINDOWS
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     current = host_tree(options.comfyui)
     kinds = _kinds(current, pinned_tree(FLOOR))
     browser.ensure()
+    os.environ["SEG_REGISTRY_TOOLS"] = str(registry_tools.ensure())
     outcomes = [_run_kind(kind) for kind in kinds]
     _summary(outcomes, time.monotonic() - begin)
     return 1 if any(outcome.failed for outcome in outcomes) else 0
