@@ -1,0 +1,68 @@
+"""The query blur alone, against the depthwise convolution of the released code."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import host
+from benchmarks.timing import interleaved
+
+
+@dataclass(frozen=True)
+class BlurTimes:
+    """Median milliseconds of one blur, and how far apart the results are."""
+
+    ours: float
+    reference: float
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.reference / self.ours
+
+
+def reference_blur(query: torch.Tensor, height: int, width: int, sigma: float) -> torch.Tensor:
+    """Blur as the released code does: a 2-D kernel, reflected borders, one conv for each channel.
+
+    Source: `gaussian_blur_2d` of SusungHong/SEG-SDXL at cf8256d, written anew; its kernel is
+    ceil(6 sigma) wide, made odd, and clamped to the map.
+    """
+    size = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
+    size = min(size, height - (height % 2 - 1))
+    half = (size - 1) / 2
+    axis = torch.linspace(-half, half, size, device=query.device)
+    line = torch.exp(-0.5 * (axis / sigma) ** 2)
+    line = (line / line.sum()).to(query.dtype)
+    channels = query.shape[2]
+    planes = query.transpose(1, 2).unflatten(2, (height, width))
+    kernel = (line[:, None] * line[None, :]).expand(channels, 1, size, size)
+    padded = torch.nn.functional.pad(planes, [size // 2] * 4, mode="reflect")
+    blurred = torch.nn.functional.conv2d(padded, kernel, groups=channels)
+    return blurred.flatten(2).transpose(1, 2)
+
+
+def measure(device: torch.device, dtype: torch.dtype, repeats: int = 25) -> BlurTimes:
+    """Time both on the queries of SDXL's middle block at 1024x1024, for one image."""
+    host.pack()
+    core = importlib.import_module(f"{host.PACK}.seg_core")
+    height = width = 32
+    query = torch.randn(1, height * width, 1280, device=device).to(dtype)
+    matrices = core.BlurMatrices()
+    runs = {
+        "ours": lambda: core.blur_queries(query, (height, width), 10.0, matrices=matrices),
+        "reference": lambda: reference_blur(query, height, width, 10.0),
+    }
+    with torch.inference_mode():
+        results = [run() for run in runs.values()]
+        times = interleaved(runs, repeats, device)
+    return BlurTimes(
+        1e3 * statistics.median(times["ours"]),
+        1e3 * statistics.median(times["reference"]),
+        float((results[0] - results[1]).abs().max()),
+    )

@@ -1,0 +1,71 @@
+"""Counting instead of timing: floating-point operations and tensor memory of what is run inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at once, views counted once.
+
+    What kernels use within themselves is not seen, nor are weights and what was there before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before:
+                self._begin(storage)
+        if self.now > self.peak:
+            self._forget()
+            self.peak = max(self.peak, self.now)
+        return out
+
+    def _begin(self, storage: torch.UntypedStorage) -> None:
+        old = self._alive.get(storage._cdata)
+        if old is not None and old[0].expired():
+            self.now -= old[1]
+            old = None
+        if old is None:
+            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.now += storage.nbytes()
+
+    def _forget(self) -> None:
+        for key, (reference, size) in list(self._alive.items()):
+            if reference.expired():
+                del self._alive[key]
+                self.now -= size
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one evaluation costs."""
+
+    flops: int
+    peak_bytes: int
+
+
+def count(step: Any) -> Count:
+    """Count one evaluation of a guided model."""
+    with PeakBytes() as memory, FlopCounterMode(display=False) as flops:
+        step.run(step.evaluate)
+    return Count(flops.get_total_flops(), memory.peak)
