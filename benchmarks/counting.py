@@ -64,6 +64,13 @@ class Count:
     peak_bytes: int
 
 
+def count_flops(step: Any) -> int:
+    """Count the operations of one evaluation of a guided model."""
+    with FlopCounterMode(display=False) as flops:
+        step.run(step.evaluate)
+    return flops.get_total_flops()
+
+
 def count(step: Any) -> Count:
     """Count one evaluation of a guided model."""
     with PeakBytes() as memory, FlopCounterMode(display=False) as flops:

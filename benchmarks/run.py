@@ -219,7 +219,7 @@ def _markdown(result: dict[str, Any]) -> str:
         f"{blur['times faster']:.0f} times faster.",
         "",
         f"ComfyUI {settings['comfyui']}, torch {settings['torch']}, {settings['hardware']}, "
-        f"{settings['threads']} threads, {settings['repeats']} rounds, {settings['seconds']} s. "
+        f"threads: {settings['threads']}, {settings['repeats']} rounds, {settings['seconds']} s. "
         "Counted: matrix products, convolutions and attention; memory is the peak of live tensors "
         "beside the weights, in fp16 with fused attention (measured: of the allocator on a GPU, of "
         "live tensors on a CPU). Measured: medians of interleaved "

@@ -91,6 +91,7 @@ def test_merged_tokens_are_refused_by_name():
         sample(pag(model, blocks="d0"), size=(16, 16))
 
 
+@pytest.mark.current_only
 @pytest.mark.parametrize("order", ["seg first", "pag first"])
 def test_beside_seg_the_guidances_add_and_share_one_record(order, caplog):
     caplog.set_level("INFO")
