@@ -13,7 +13,7 @@ from dev.say import Failure
 Graph = dict[str, dict[str, Any]]
 
 SHIPPED = ROOT / "example_workflows" / "api"
-COMPARISON = "SEG_SDXL_sigma_comparison.json"
+COMPARISON = "SEG SDXL - five widths of the blur.json"
 GUIDANCE = "SEGuidance"
 GUIDANCES = (GUIDANCE, "SEGuidanceSAG", "SEGuidancePAG")
 OFF = "off"

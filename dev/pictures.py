@@ -14,6 +14,7 @@ import tempfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dev import browser, help_pictures
 from dev.comfy_tree import host_tree
@@ -96,7 +97,7 @@ def thumbnails() -> None:
 def _thumbnail(host: Server, page: Any, path: Path) -> None:
     from PIL import Image
 
-    document = host.json(f"/api/workflow_templates/{PACK_FOLDER}/{path.name}")
+    document = host.json(f"/api/workflow_templates/{PACK_FOLDER}/{quote(path.name)}")
     page.evaluate("document => app.loadGraphData(document)", document)
     page.wait_for_timeout(1500)
     page.evaluate(FOCUS)

@@ -533,16 +533,16 @@ def run_report(sheet: Sheet) -> None:
 
 
 WORKFLOWS: dict[str, Callable[[Sheet], None]] = {
-    "SEG_SDXL_text_to_image": text_to_image,
-    "SEG_SDXL_without_prompt": no_prompt,
-    "SEG_SDXL_sigma_comparison": comparison,
-    "SEG_SDXL_ControlNet_without_prompt": controlnet,
-    "SEG_SD15_text_to_image": sd15,
-    "SEG_SD35_text_to_image": sd35,
-    "SEG_Z_Image_Turbo_text_to_image": z_image,
-    "SEG_SDXL_SAG_PAG_SEG_comparison": relatives,
-    "SEG_SDXL_compare_settings": compare,
-    "SEG_SDXL_run_report": run_report,
+    "SEG SDXL - text to image": text_to_image,
+    "SEG SDXL - without a prompt": no_prompt,
+    "SEG SDXL - five widths of the blur": comparison,
+    "SEG SDXL - ControlNet without a prompt": controlnet,
+    "SEG SD15 - text to image": sd15,
+    "SEG SD35 - text to image": sd35,
+    "SEG Z-Image Turbo - text to image": z_image,
+    "SEG SDXL - SAG PAG and SEG side by side": relatives,
+    "SEG SDXL - several settings in one picture": compare,
+    "SEG SDXL - report of a run": run_report,
 }
 
 

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_help_pages_are_served(host, node):
 def test_templates_are_listed_and_served(host):
     assert sorted(host.json("/workflow_templates").get(PACK_FOLDER, [])) == TEMPLATES
     for name in TEMPLATES:
-        json.loads(host.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.json"))
+        json.loads(host.get(f"/api/workflow_templates/{PACK_FOLDER}/{quote(name)}.json"))
 
 
 def test_there_are_shipped_workflows():

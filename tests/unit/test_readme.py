@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
 
@@ -53,7 +54,7 @@ def section(title: str) -> str:
 
 def local_links(text: str) -> list[str]:
     found = re.findall(r"\]\(([^)#\s]+)\)", text)
-    return [link for link in found if not link.startswith(("http://", "https://"))]
+    return [unquote(link) for link in found if not link.startswith(("http://", "https://"))]
 
 
 def inputs(node: str) -> list[str]:
@@ -133,7 +134,7 @@ def test_each_claim_names_tests_that_exist():
 
 def test_every_workflow_is_linked():
     for path in (ROOT / "example_workflows").glob("*.json"):
-        assert f"(example_workflows/{path.name})" in README
+        assert f"(example_workflows/{quote(path.name)})" in README
 
 
 @pytest.mark.parametrize("old", OLDER_PACKS)

@@ -164,7 +164,7 @@ def test_every_workflow_is_there():
 
 
 def test_file_names_can_stand_in_a_url_and_none_is_taken():
-    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", path.stem) for path in FILES)
+    assert all(re.fullmatch(r"[A-Za-z0-9 -]+", path.stem) for path in FILES)
     assert "index" not in DOCUMENTS
 
 
@@ -343,17 +343,19 @@ def samplers(name: str) -> list[dict[str, Any]]:
 
 
 def test_the_comparison_has_one_seed_and_off_1_4_16_infinite():
-    guides = settings("SEG_SDXL_sigma_comparison")
+    guides = settings("SEG SDXL - five widths of the blur")
     widths = [None if each["infinite_blur"] else each["blur_sigma"] for each in guides]
     assert widths == [1.0, 4.0, 16.0, None]
-    runs = samplers("SEG_SDXL_sigma_comparison")
+    runs = samplers("SEG SDXL - five widths of the blur")
     assert len(runs) == 5
     for shared in ("seed", "cfg", "steps", "positive", "negative", "latent_image"):
         assert all(run[shared] == runs[0][shared] for run in runs), shared
     assert len({run["model"][0] for run in runs}) == 5
 
 
-@pytest.mark.parametrize("file", ["SEG_SDXL_without_prompt", "SEG_SDXL_ControlNet_without_prompt"])
+@pytest.mark.parametrize(
+    "file", ["SEG SDXL - without a prompt", "SEG SDXL - ControlNet without a prompt"]
+)
 def test_without_a_prompt_means_cfg_1_and_one_empty_text(file):
     graph = json.loads((FOLDER / "api" / f"{file}.json").read_text(encoding="utf-8"))
     run = next(run for run in reversed(samplers(file)))
