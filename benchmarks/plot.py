@@ -12,6 +12,7 @@ from matplotlib import pyplot
 
 from benchmarks.models import KINDS
 
+_RELATIVE = "#7a9c59"
 _COLOURS = {"core PAG": "#9a9a9a", "SEG, reuse off": "#d08a3c", "SEG, reuse on": "#2f6f9f"}
 
 
@@ -25,30 +26,35 @@ def draw(result: dict[str, Any], path: str) -> None:
         settings = result["settings"]
         title = f"{KINDS[settings['model']].title} {settings['size']}: wall time"
         panels.append((f"{title}, {settings['hardware']}", result["measured"]))
-    longest = max(len(rows) for _, rows in panels)
-    size = (4.6 * len(panels), 1.2 + 0.21 * longest)
+    # A step that a panel lacks leaves its place empty: all panels have the same rows.
+    panels = [(title, [r for r in rows if r["method"] != "CFG only"]) for title, rows in panels]
+    places: dict[str, int] = {}
+    for _, rows in panels:
+        for row in rows:
+            places.setdefault(_label(row), len(places))
+    size = (4.6 * len(panels), 1.2 + 0.21 * len(places))
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
-        _panel(axis, title, [row for row in rows if row["method"] != "CFG only"])
+        _panel(axis, title, rows, places)
+    axes[0][0].set_yticks(list(places.values()), list(places), fontsize=7)
+    axes[0][0].invert_yaxis()
     figure.suptitle("Cost of a guided step; the same step without guidance is 1", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
-def _panel(axis: Any, title: str, rows: list[dict[str, Any]]) -> None:
-    places = range(len(rows))
+def _panel(axis: Any, title: str, rows: list[dict[str, Any]], places: dict[str, int]) -> None:
     bars = axis.barh(
-        places, [row["ratio"] for row in rows], color=[_COLOURS[row["method"]] for row in rows]
+        [places[_label(row)] for row in rows],
+        [row["ratio"] for row in rows],
+        color=[_COLOURS.get(row["method"], _RELATIVE) for row in rows],
     )
     axis.bar_label(bars, [f"{row['ratio']:.2f}" for row in rows], padding=2, fontsize=7)
-    axis.set_yticks(places, [_label(row) for row in rows], fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_xlim(0.0, 1.2 * max(row["ratio"] for row in rows))
     axis.set_title(title, fontsize=9)
-    if not axis.yaxis_inverted():
-        axis.invert_yaxis()
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from host_models import PACK, conditioning, seg, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import models, variants
+from benchmarks import models, plot, variants
 from benchmarks.counting import PeakBytes, count, count_flops
 from benchmarks.step import GuidedStep, flash_attention, on_meta
 from benchmarks.variants import CFG, FINITE, PAG, SEG_OFF, SEG_ON, Variant
@@ -153,3 +155,12 @@ def test_peak_memory_counts_what_lives_at_once():
         del first, second
         torch.zeros(10, device="meta")
     assert memory.peak == 4 * (100 + 100)
+
+
+def test_the_plot_has_room_for_rows_that_were_only_counted(tmp_path):
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "cpu.json"
+    result = json.loads(results.read_text(encoding="utf-8"))
+    counted = {row["method"] for row in result["counted"]["sdxl"]}
+    assert {row["method"] for row in result["measured"]} < counted
+    plot.draw(result, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
