@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..seg_core import Window
 from . import inputs
-from .host import Branch, RescaleMode, Side, attach, network_of
-
-log = logging.getLogger(__name__)
+from .host import Branch, RescaleMode, Side, guided, network_of
 
 LABEL = "Perturbed-Attention Guidance"
 
@@ -97,8 +94,5 @@ class SEGuidancePAG(io.ComfyNode):
             rescale_mode=rescale_mode,
             reuse=reuse,
         )
-        for name, value in (("scale", scale), ("strength", strength)):
-            if value == 0:
-                log.warning("%s has no effect: %s is 0.", LABEL, name)
-                return io.NodeOutput(model.clone())
-        return io.NodeOutput(attach(model, guidance))
+        no_effect = "strength is 0." if strength == 0 else ""
+        return io.NodeOutput(guided(model, guidance, no_effect))

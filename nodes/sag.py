@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..seg_core import KERNELS, Window, require_kernel
 from . import inputs
-from .host import Branch, RescaleMode, Side, attach, network_of
+from .host import Branch, RescaleMode, Side, guided, network_of
 from .host.saliency import InputBlur
-
-log = logging.getLogger(__name__)
 
 LABEL = "Self-Attention Guidance"
 
@@ -71,11 +68,8 @@ class SEGuidanceSAG(io.ComfyNode):
             rescale_mode=rescale_mode,
             reuse=False,
         )
-        for name, value in (("scale", scale), ("blur_sigma", blur_sigma)):
-            if value == 0:
-                log.warning("%s has no effect: %s is 0.", LABEL, name)
-                return io.NodeOutput(model.clone())
-        return io.NodeOutput(attach(model, guidance))
+        no_effect = "blur_sigma is 0." if blur_sigma == 0 else ""
+        return io.NodeOutput(guided(model, guidance, no_effect))
 
 
 def _inputs() -> list[io.Input]:

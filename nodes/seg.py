@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,7 @@ from ..seg_core import (
     require_kernel,
 )
 from . import inputs
-from .host import Branch, RescaleMode, Side, Site, attach, network_of
-
-log = logging.getLogger(__name__)
+from .host import Branch, RescaleMode, Side, Site, guided, network_of
 
 LABEL = "Smoothed Energy Guidance"
 
@@ -123,16 +120,10 @@ class SEGuidance(io.ComfyNode):
             rescale_mode=rescale_mode,
             reuse=reuse,
         )
-        why_not = _without_effect(scale, blur)
-        if why_not:
-            log.warning("%s has no effect: %s", LABEL, why_not)
-            return io.NodeOutput(model.clone())
-        return io.NodeOutput(attach(model, guidance))
+        return io.NodeOutput(guided(model, guidance, _no_effect(blur)))
 
 
-def _without_effect(scale: float, blur: QueryBlur) -> str:
-    if scale == 0:
-        return "scale is 0."
+def _no_effect(blur: QueryBlur) -> str:
     if blur.sigma == 0:
         return "blur_sigma is 0. Raise it, or turn infinite_blur on."
     if not blur.changes(TokenGrid(1, 64, 64)):

@@ -6,3 +6,4 @@ from .branch import Side as Side
 from .networks import network_of as network_of
 from .perturbation import Site as Site
 from .sampling import attach as attach
+from .sampling import guided as guided

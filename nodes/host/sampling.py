@@ -6,6 +6,7 @@ State lives in the `Run` of one sampling call and the `Step` of one model evalua
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ from .perturbation import Perturbation, Site
 from .prefix import Prefix
 from .recorder import Recorder, recorder_of
 from .report import Report
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -290,6 +293,21 @@ def attach(model: Any, branch: Branch) -> Any:
     patched = with_run(model)
     patched.set_model_sampler_post_cfg_function(branch)
     return patched
+
+
+def guided(model: Any, branch: Branch, no_effect: str = "") -> Any:
+    """Return a clone of a model that a branch guides, or a plain one where that does nothing.
+
+    Args:
+        model: the model, which stays as it is.
+        branch: the guidance; at scale 0 it does nothing.
+        no_effect: another cause for which it does nothing; a warning names it.
+    """
+    cause = "scale is 0." if branch.scale == 0 else no_effect
+    if cause:
+        log.warning("%s has no effect: %s", branch.perturbation.label, cause)
+        return model.clone()
+    return attach(model, branch)
 
 
 def with_run(model: Any) -> Any:
