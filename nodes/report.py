@@ -7,8 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from .host.probe import Probe, watch
-from .host.progress import tell_node
+from .host import watch
+from .host.probe.probe import Probe
+from .host.show.progress import tell_node
 
 log = logging.getLogger(__name__)
 

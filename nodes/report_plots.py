@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
-from .host.probe import BlockRecord, BranchRecord, Record
+from .host.probe.probe import BlockRecord, BranchRecord, Record
 from .pictures import BACKGROUND, FOREGROUND, to_image, to_pixels, with_caption
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from statistics import mean, median
 from typing import Any
 
-from .host.probe import BlockRecord, BranchRecord, Measures, Record
+from .host.probe.probe import BlockRecord, BranchRecord, Measures, Record
 
 LINES = 5
 
@@ -55,7 +55,7 @@ def _what(record: Record, runs: int, made_it: bool) -> str:
 
 def _described(branch: Any) -> str:
     perturbation = branch.perturbation
-    sigma = getattr(getattr(perturbation, "smooth", None), "sigma", None)
+    sigma = getattr(perturbation.smooth, "sigma", None)
     blur = ""
     if sigma is not None:
         blur = ", infinite blur" if math.isinf(sigma) else f", blur sigma {sigma:g}"

@@ -8,8 +8,7 @@ from comfy_api.latest import io
 
 from ..seg_core import KERNELS, Window, require_kernel
 from . import inputs
-from .host import Branch, RescaleMode, Side, guided, network_of
-from .host.saliency import InputBlur
+from .host import Branch, InputBlur, RescaleMode, Side, guided, network_of
 
 LABEL = "Self-Attention Guidance"
 

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..seg_core import (
     KERNELS,
+    BlurMatrices,
     TokenGrid,
     Window,
     blur_queries,
@@ -20,7 +21,7 @@ from ..seg_core import (
     require_kernel,
 )
 from . import inputs
-from .host import Branch, RescaleMode, Side, Site, guided, network_of
+from .host import Branch, RescaleMode, Side, guided, network_of
 
 LABEL = "Smoothed Energy Guidance"
 
@@ -53,12 +54,12 @@ class QueryBlur:
         return not is_identity(grid, self.sigma, kernel=self.kernel)
 
     def __call__(
-        self, tokens: torch.Tensor, grid: TokenGrid, site: Site, one_query: bool
+        self, tokens: torch.Tensor, grid: TokenGrid, matrices: BlurMatrices, one_query: bool
     ) -> torch.Tensor:
         """Return the smoothed tokens, or the one that stands for them."""
         if one_query:
             return mean_queries(tokens, grid)
-        return blur_queries(tokens, grid, self.sigma, kernel=self.kernel, matrices=site.matrices)
+        return blur_queries(tokens, grid, self.sigma, kernel=self.kernel, matrices=matrices)
 
     def slopes(self, grid: TokenGrid) -> torch.Tensor:
         """Return how much of the energy's curvature at each token the blur lets through."""

@@ -14,8 +14,8 @@ from comfy_api.latest import io, ui
 from ..seg_core import Window
 from . import inputs
 from .host import Branch, attach, network_of
-from .host.progress import Bar, tell_node
-from .host.render import SAMPLERS, SCHEDULERS, Sampling, decode
+from .host.show.progress import Bar, tell_node
+from .host.show.render import SAMPLERS, SCHEDULERS, Sampling, decode
 from .pictures import labelled_grid, to_image, to_pixels
 from .seg import LABEL, QueryBlur
 

@@ -1,9 +1,20 @@
-"""Everything that knows ComfyUI's model patching; nothing here knows a formula."""
+"""Everything that knows ComfyUI's model patching; nothing here knows a formula.
 
-from .branch import Branch as Branch
-from .branch import RescaleMode as RescaleMode
-from .branch import Side as Side
+The rooms, from the ground up; imports only run down:
+
+    settings    what was asked for, as values
+    calls       one call of the model: its rows, its blocks
+    networks    what a network is to guidance: UNets, transformers
+    probe       looking at a run
+    sampling    one sampling call: runs, steps, passes, the line in the log
+    show        what nodes that sample by themselves need of the host
+"""
+
 from .networks import network_of as network_of
-from .perturbation import Site as Site
-from .sampling import attach as attach
-from .sampling import guided as guided
+from .sampling.attach import attach as attach
+from .sampling.attach import guided as guided
+from .sampling.attach import watch as watch
+from .settings.branch import Branch as Branch
+from .settings.branch import RescaleMode as RescaleMode
+from .settings.branch import Side as Side
+from .settings.perturbation import InputBlur as InputBlur

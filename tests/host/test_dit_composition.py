@@ -62,42 +62,48 @@ def test_an_override_of_another_node_runs_inside_ours(kind):
 
 
 @pytest.mark.parametrize("kind", CORE)
-def test_infinite_blur_attends_with_one_query_for_each_frame(kind):
-    attention = part("dit_attention")
-    with mock.patch.object(attention, "_one_query", wraps=attention._one_query) as short:
-        fast = latents(seg(tiny_dit(kind)), kind)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_infinite_blur_attends_with_one_query_for_each_frame(kind, reuse):
+    attention = part("networks.dit.attention")
+    with mock.patch.object(attention, "one_query", wraps=attention.one_query) as short:
+        fast = latents(seg(tiny_dit(kind), reuse=reuse), kind)
     assert short.call_count > 0
-    with mock.patch.object(attention, "_may_shorten", return_value=False):
-        slow = latents(seg(tiny_dit(kind)), kind)
+    with mock.patch.object(attention, "_is_one_query", return_value=False):
+        slow = latents(seg(tiny_dit(kind), reuse=reuse), kind)
     assert deviation(fast, slow) <= ROUNDING
 
 
 @pytest.mark.parametrize("skip_reshape", [True, False])
 @pytest.mark.parametrize("per_query", [True, False])
 def test_a_mask_for_each_query_is_honoured(per_query, skip_reshape):
-    attention, core = part("dit_attention"), importlib.import_module("seg_pack_under_test.seg_core")
+    core = importlib.import_module("seg_pack_under_test.seg_core")
     grid = core.TokenGrid(1, 2, 3)
-    q, k, v = (noise_like((2, 3, 9, 4), n) for n in range(3))
-    mask = noise_like((2, 1, 9 if per_query else 1, 9), 4)
+    q, k, v = (noise_like((3, 3, 9, 4), n) for n in range(3))
+    mask = noise_like((3, 1, 9 if per_query else 1, 9), 4)
     smooth = importlib.import_module("seg_pack_under_test.nodes.seg").QueryBlur(math.inf, "full")
-    site = part("perturbation").Site(core.BlurMatrices())
+    change = part("settings.changes").SmoothQueries(smooth)
+    perturbation = mock.Mock(change=change, smooth=smooth)
+    # The first row is a plain one.
+    site = part("calls.site").Site(perturbation, (slice(1, 3),), core.BlurMatrices())
     inputs = (q, k, v) if skip_reshape else tuple(t.transpose(1, 2).flatten(2) for t in (q, k, v))
     seen = []
 
     def attend(*args, **kwargs):
-        seen.append(args[0].shape[2 if skip_reshape else 1])
+        seen.append(tuple(args[0].shape[n] for n in (0, 2 if skip_reshape else 1)))
         return attention_basic.__wrapped__(*args, **kwargs)
 
-    call = attention.Attention(attend, (*inputs, 3, mask), {"skip_reshape": skip_reshape}, False)
-    out = attention.smooth_queries(
-        smooth, call, part("dit_layout").Span(2, grid, 3), site, [slice(None)]
+    call = part("networks.dit.host_attention").Attention(
+        attend, (*inputs, 3, mask), {"skip_reshape": skip_reshape}, False
     )
+    parts = part("calls.site").parts_of([site], 3, 1)
+    span = part("networks.dit.layout").Span(2, grid, 3)
+    out = part("networks.dit.attention").changed(call, span, parts)
     blurred = q.clone()
-    blurred[:, :, 2:8] = q[:, :, 2:8].mean(2, keepdim=True)
+    blurred[1:, :, 2:8] = q[1:, :, 2:8].mean(2, keepdim=True)
     logits = blurred @ k.mT / 2.0 + mask
     expected = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
     assert torch.allclose(out, expected, atol=1e-6)
-    assert seen == [9 if per_query else 4]
+    assert sorted(seen) == ([(3, 9)] if per_query else [(1, 9), (2, 4)])
 
 
 def test_a_replacement_of_another_node_runs_inside_ours():

@@ -60,7 +60,7 @@ def test_the_class_and_the_blocks_of_every_row_exist(kind):
 
 
 def test_each_row_of_the_table_is_a_class_of_the_newest_comfyui(comfy_host):
-    families = part("dit_families").FAMILIES
+    families = part("networks.dit.families").FAMILIES
     missing = []
     for family in families:
         module, _, name = ("comfy.ldm." + family.network).rpartition(".")
@@ -78,7 +78,7 @@ def test_each_row_of_the_table_is_a_class_of_the_newest_comfyui(comfy_host):
     ("depth", "blocks"), [(24, range(7, 10)), (38, range(11, 16)), (57, range(17, 23)), (1, [0])]
 )
 def test_auto_is_a_middle_range_of_the_depth(depth, blocks):
-    table = part("dit_families")
+    table = part("networks.dit.families")
     assert list(table.auto_range(table.FAMILIES[0], depth)) == list(blocks)
 
 
@@ -125,7 +125,7 @@ def test_a_family_whose_hook_is_gone_warns(kind, monkeypatch, caplog):
 
 def test_a_latent_that_does_not_fit_the_sequence_counts_as_a_miss(monkeypatch, caplog):
     """As when a network's tokens are no longer laid out as the table says."""
-    view = part("dit").DiT
+    view = part("networks.dit.dit").DiT
     original = view.layout
     monkeypatch.setattr(
         view, "layout", lambda *args: dataclasses.replace(original(*args), beside=10_000)

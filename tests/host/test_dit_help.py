@@ -17,7 +17,7 @@ NAMES = {"Flux.1": "Flux", "Z-Image": "Z-Image", "Wan 14B": "Wan", "SD3.5 Medium
 
 
 def family(model):
-    families = importlib.import_module(PACK + ".nodes.host.dit_families").FAMILIES
+    families = importlib.import_module(PACK + ".nodes.host.networks.dit.families").FAMILIES
     name = NAMES.get(model.split(",")[0], model.split(",")[0])
     return next(each for each in families if name in each.name.replace(" / ", ", ").split(", "))
 
@@ -26,7 +26,7 @@ def family(model):
     "page", ["SEGuidance.md", *(f"SEGuidance/{n}.md" for n in ("zh", "ja", "ko"))]
 )
 def test_auto_is_what_the_page_says(page):
-    auto_range = importlib.import_module(PACK + ".nodes.host.dit_families").auto_range
+    auto_range = importlib.import_module(PACK + ".nodes.host.networks.dit.families").auto_range
     rows = ROW.findall((PAGES / page).read_text(encoding="utf-8"))
     assert len(rows) == 7
     for model, *depths, auto in rows:

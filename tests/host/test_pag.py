@@ -35,7 +35,7 @@ def test_middle_block_equals_cores_node(kind, cfg, size):
 
 @pytest.mark.parametrize("blocks", ["auto", "d0", "u1", "d0,u0"])
 def test_reuse_changes_nothing(blocks):
-    model = tiny_model("sd15")
+    model = tiny_model("sd15", dtype=torch.float64)
     plain = sample(pag(model, blocks=blocks, reuse=False), cfg=1.0)
     assert torch.equal(sample(pag(model, blocks=blocks), cfg=1.0), plain)
 
@@ -79,8 +79,13 @@ def test_video_attention_over_time_is_left_alone():
     model.set_model_attn1_replace(record, "middle", 0)
     guided = pag(model)
     sample(guided, cfg=1.0, steps=1, size=(8, 12), batch=3)
-    # 3 frames of 4x6 cells: the plain pass shows both attentions, the perturbed one only time's.
-    assert seen == [(3, 24), (24, 3), (24, 3)]
+    # 3 frames of 4x6 cells, plain and perturbed in one call: space, then time.
+    assert seen == [(6, 24), (48, 3)]
+    whole = pag(model, reuse=False)
+    seen.clear()
+    sample(whole, cfg=1.0, steps=1, size=(8, 12), batch=3)
+    assert seen[:2] == [(3, 24), (24, 3)]
+    assert (24, 3) in seen[2:], "attention over time is computed"
 
 
 def test_merged_tokens_are_refused_by_name():
@@ -93,7 +98,7 @@ def test_merged_tokens_are_refused_by_name():
 
 @pytest.mark.current_only
 @pytest.mark.parametrize("order", ["seg first", "pag first"])
-def test_beside_seg_the_guidances_add_and_share_one_record(order, caplog):
+def test_beside_seg_the_guidances_add_and_share_one_call(order, caplog):
     caplog.set_level("INFO")
     model = tiny_model()
     one = {"cfg": 1.0, "steps": 1}
@@ -103,7 +108,7 @@ def test_beside_seg_the_guidances_add_and_share_one_record(order, caplog):
     apart = (sample(seg(model), **one) - off) + (sample(pag(model), **one) - off) + off
     assert distance(together, apart) < 1e-5
     lines = [m for m in caplog.messages if "model evaluations guided" in m][:2]
-    assert all("1 shared, 0 full passes" in line for line in lines)
+    assert all("1 in the plain call of the model, 0 in whole passes" in line for line in lines)
 
 
 def test_beside_cores_own_nodes_every_guidance_stays():

@@ -108,7 +108,7 @@ def test_block_quantities_equal_dense_ones(sigma):
     (block,) = record.steps[0].branches[0].blocks.values()
     assert block.queries == 15
     assert block.sampled == (2, 15)
-    heads = importlib.import_module(PACK + ".nodes.host.recorder")._heads(logits[0].shape[0])
+    heads = importlib.import_module(PACK + ".nodes.host.probe.look")._heads(logits[0].shape[0])
     for measures, dense, matrix in (
         (block.plain, logits[0][heads], torch.eye(15, dtype=torch.float64)),
         (block.blurred, logits[1][heads], blur),
@@ -195,7 +195,7 @@ def test_a_probe_does_not_change_the_image(sigma):
 
 
 def test_without_a_probe_nothing_is_recorded(monkeypatch):
-    recorder = importlib.import_module(PACK + ".nodes.host.recorder").Recorder
+    recorder = importlib.import_module(PACK + ".nodes.host.probe.recorder").Recorder
 
     def refuse(*_):
         raise AssertionError("a recorder was made")
@@ -278,8 +278,8 @@ def test_nothing_stays_on_the_device():
 
 @pytest.mark.parametrize("keys", [15, 4096, 65536, 200_000])
 def test_no_map_is_larger_than_4096_squared(keys):
-    module = importlib.import_module(PACK + ".nodes.host.recorder")
-    picked = module.Recorder([]).picked(20, keys, keys, torch.device("cpu"))
+    module = importlib.import_module(PACK + ".nodes.host.probe.look")
+    picked = module.Picks().picked(20, keys, keys, torch.device("cpu"))
     assert 2 * module.HEADS * len(picked) * keys <= 2 * 4096**2
     assert module.HEADS * len(picked) * keys <= 4096**2
     assert 1 <= len(picked) <= 64
@@ -288,15 +288,15 @@ def test_no_map_is_larger_than_4096_squared(keys):
 
 
 def test_sampled_queries_lie_on_many_rows_and_columns():
-    module = importlib.import_module(PACK + ".nodes.host.recorder")
-    picked = module.Recorder([]).picked(20, 1024, 1024, torch.device("cpu"))
+    module = importlib.import_module(PACK + ".nodes.host.probe.look")
+    picked = module.Picks().picked(20, 1024, 1024, torch.device("cpu"))
     assert len((picked // 32).unique()) >= 28
     assert len((picked % 32).unique()) >= 16
 
 
 def test_estimates_from_a_sample_are_close_to_the_whole(monkeypatch):
     """A grid of 16x24: 64 of its 384 queries against all of them."""
-    module = importlib.import_module(PACK + ".nodes.host.recorder")
+    module = importlib.import_module(PACK + ".nodes.host.probe.look")
     model, options = seg(shared_model(), 3.0, 2.0), {"size": (32, 48), "steps": 1}
     few = recorded(model, **options)[0].steps[0].branches[0].blocks
     monkeypatch.setattr(module, "QUERIES", 10**6)
@@ -313,7 +313,7 @@ def test_estimates_from_a_sample_are_close_to_the_whole(monkeypatch):
 
 def test_the_probe_costs_at_most_a_twentieth_of_a_step(monkeypatch):
     """The time spent in the recorder's own functions, against that of the run they are part of."""
-    module = importlib.import_module(PACK + ".nodes.host.recorder")
+    recorder = importlib.import_module(PACK + ".nodes.host.probe.recorder")
     inside = []
 
     def timed(function):
@@ -326,7 +326,10 @@ def test_the_probe_costs_at_most_a_twentieth_of_a_step(monkeypatch):
 
         return run
 
-    for owner, names in {module.Recorder: ("begin", "guided"), module.Look: ("at_tokens",)}.items():
+    for owner, names in {
+        recorder.Recorder: ("begin", "guided"),
+        recorder.Look: ("at_tokens",),
+    }.items():
         for name in names:
             monkeypatch.setattr(owner, name, timed(getattr(owner, name)))
     wide = tiny_model("sdxl", model_channels=128, num_head_channels=32)
@@ -402,7 +405,7 @@ def test_a_transformer_s_quantities_equal_dense_ones():
     network = importlib.import_module(PACK + ".nodes.host").network_of(model)
     first = network.targets("auto")[0]
     block = record.steps[0].branches[0].blocks[network.describe([first])]
-    chosen = importlib.import_module(PACK + ".nodes.host.recorder")._heads
+    chosen = importlib.import_module(PACK + ".nodes.host.probe.look")._heads
     found = []
     for query, key, split, heads in calls:  # whichever is the block's, wherever its image lies
         if not split:

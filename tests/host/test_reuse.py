@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from unittest import mock
+import re
 
 import comfy.model_base
 import pytest
@@ -14,14 +14,13 @@ from reuse_checks import (
     MemoryShortage,
     both,
     difference,
+    exact_model,
     outcome,
     part,
     require_effect,
     require_equal,
     require_shared,
 )
-
-CURRENT = pytest.mark.current_only
 
 
 def mask(size=(8, 8)):
@@ -79,7 +78,6 @@ BLOCKS = ["d0.0", "input", "m0.1", "middle", "d0,m0", "u0", "u1.1", "output", "m
 BLOCKS_SD15 = ["d0", "d1", "middle", "u0", "u1", "u3", "d1,m0", "middle,output", "d0,u3"]
 
 
-@CURRENT
 @pytest.mark.parametrize(
     ("name", "cfg"),
     [*((name, 7.0) for name in PROMPTS), *((name, 1.0) for name in ("several", "areas", "mask"))],
@@ -92,7 +90,6 @@ def test_reuse_changes_nothing_for_any_prompting(name, cfg):
     require_equal(on, off, bitwise=cfg == 1.0)
 
 
-@CURRENT
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize(("sigma", "cfg"), [(math.inf, 7.0), (2.0, 7.0), (2.0, 1.0)])
 def test_reuse_changes_nothing_for_any_batch(batch, sigma, cfg):
@@ -103,7 +100,6 @@ def test_reuse_changes_nothing_for_any_batch(batch, sigma, cfg):
     require_effect(than=on, **settings)
 
 
-@CURRENT
 @pytest.mark.parametrize(
     ("kind", "blocks", "cfg"),
     [("sdxl", blocks, 7.0) for blocks in BLOCKS]
@@ -113,12 +109,11 @@ def test_reuse_changes_nothing_for_any_batch(batch, sigma, cfg):
 )
 def test_reuse_begins_wherever_the_first_block_lies(kind, blocks, cfg):
     settings = {"cfg": cfg, "size": (8, 10), "batch": 2}
-    on, off = both(lambda: tiny_model(kind), options={"blocks": blocks}, **settings)
+    on, off = both(lambda: exact_model(kind), options={"blocks": blocks}, **settings)
     require_shared(on, off, passes=3)
     require_equal(on, off, bitwise=cfg == 1.0)
 
 
-@CURRENT
 @pytest.mark.parametrize(
     ("size", "blocks"),
     [((7, 9), "d0"), ((7, 9), "middle"), ((5, 16), "middle"), ((13, 6), "u1")],
@@ -129,7 +124,6 @@ def test_odd_sizes(size, blocks):
     require_equal(on, off)
 
 
-@CURRENT
 @pytest.mark.parametrize("side", ["conditional", "unconditional"])
 @pytest.mark.parametrize("prompts", ["one", "several on both sides", "areas"])
 def test_either_side_is_reused(side, prompts):
@@ -148,13 +142,12 @@ def test_the_free_branch_has_nothing_to_reuse(prompts):
     require_equal(on, off, bitwise=True)
 
 
-@CURRENT
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("prompts", ["one", "several on both sides"])
 def test_reuse_changes_nothing_however_the_conds_are_cut_in_chunks(monkeypatch, chunks, prompts):
     memory = MemoryShortage(monkeypatch, chunks=chunks)
     positive, negative = PROMPTS[prompts]
-    on, off = both(lambda: memory.reach(tiny_model()), positive=positive, negative=negative)
+    on, off = both(lambda: memory.reach(exact_model()), positive=positive, negative=negative)
     require_shared(on, off)
     require_equal(on, off)
     # Each perturbed cond passes over the encoder; each ordinary one runs through it.
@@ -163,7 +156,6 @@ def test_reuse_changes_nothing_however_the_conds_are_cut_in_chunks(monkeypatch, 
     assert on.evaluated["output", 3] == ordinary + 3 * len(positive())
 
 
-@CURRENT
 @pytest.mark.filterwarnings("ignore:Should have:UserWarning:torchsde")
 @pytest.mark.parametrize(
     "sampler", ["euler_ancestral", "heun", "dpmpp_sde", "dpmpp_2m_sde", "uni_pc"]
@@ -174,13 +166,11 @@ def test_reuse_changes_nothing_in_any_sampler(sampler):
     require_equal(on, off)
 
 
-@CURRENT
 def test_samplers_of_two_evaluations_a_step_share_in_both():
     on, off = both(sampler="heun")
     require_shared(on, off, passes=5)  # the last of three steps is one evaluation
 
 
-@CURRENT
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
 def test_inpainting(cfg):
     noise_mask = torch.zeros(1, 1, 8, 8)
@@ -191,13 +181,12 @@ def test_inpainting(cfg):
     require_equal(on, off, bitwise=cfg == 1.0)
 
 
-@CURRENT
 def test_inpainting_models_that_see_the_mask():
     extra = {
         "concat_latent_image": noise_like((1, 4, 8, 8), 3),
         "concat_mask": (noise_like((1, 1, 64, 64), 4) > 0).float(),
     }
-    build = lambda: tiny_model("sdxl", in_channels=9)  # noqa: E731
+    build = lambda: exact_model("sdxl", in_channels=9)  # noqa: E731
     on, off = both(
         build,
         positive=lambda: conditioning(1, **extra),
@@ -208,22 +197,20 @@ def test_inpainting_models_that_see_the_mask():
     require_equal(on, off)
 
 
-@CURRENT
 @pytest.mark.parametrize(("cfg", "blocks"), [(7.0, "d0"), (7.0, "middle"), (1.0, "u1")])
 def test_models_that_predict_v(cfg, blocks):
-    build = lambda: tiny_model("sdxl", model_type=comfy.model_base.ModelType.V_PREDICTION)  # noqa: E731
+    build = lambda: exact_model("sdxl", model_type=comfy.model_base.ModelType.V_PREDICTION)  # noqa: E731
     on, off = both(build, cfg=cfg, options={"blocks": blocks})
     require_shared(on, off, passes=3)
     require_equal(on, off, bitwise=cfg == 1.0)
 
 
-@CURRENT
 @pytest.mark.parametrize(("cfg", "blocks"), [(7.0, "d0"), (7.0, "middle"), (1.0, "u0")])
 def test_video(cfg, blocks):
     frames = 3
 
     def video():
-        patcher = tiny_model("svd", model_type=comfy.model_base.ModelType.V_PREDICTION)
+        patcher = exact_model("svd", model_type=comfy.model_base.ModelType.V_PREDICTION)
         patcher.model.model_sampling.set_sigmas(torch.linspace(0.03, 15.0, 1000))
         return patcher
 
@@ -248,7 +235,6 @@ def test_video(cfg, blocks):
     require_equal(on, off, bitwise=cfg == 1.0)
 
 
-@CURRENT
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.7)])
 def test_a_window_shares_inside_and_does_nothing_outside(window):
     on, off = both(options={"start": window[0], "end": window[1]}, steps=6)
@@ -257,7 +243,6 @@ def test_a_window_shares_inside_and_does_nothing_outside(window):
     require_equal(on, off)
 
 
-@CURRENT
 def test_reuse_passes_over_exactly_what_lies_before_the_first_block():
     rows = {}
     for blocks in ("d0", "middle", "u0", "u1"):
@@ -272,7 +257,6 @@ def test_reuse_passes_over_exactly_what_lies_before_the_first_block():
     assert set(rows["u1"]) == {*names, ("middle", 0), ("output", 0), ("output", 1)}
 
 
-@CURRENT
 @pytest.mark.parametrize("order", [("middle", "u0"), ("u0", "middle"), ("d0", "u1"), ("m0", "m0")])
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
 def test_two_nodes_on_a_model_share_one_record(order, cfg):
@@ -288,7 +272,6 @@ def test_two_nodes_on_a_model_share_one_record(order, cfg):
     assert on.shared >= 6
 
 
-@CURRENT
 def test_two_nodes_on_both_sides_of_cfg_share_one_record():
     def guided(model, reuse):
         first = seg(model, 2.0, branch="unconditional", reuse=reuse)
@@ -300,7 +283,6 @@ def test_two_nodes_on_both_sides_of_cfg_share_one_record():
     assert on.evaluated["input", 0] == 6
 
 
-@CURRENT
 def test_a_node_that_reuses_goes_with_one_that_does_not():
     def guided(model, reuse):
         first = seg(model, 2.0, reuse=reuse)
@@ -312,7 +294,6 @@ def test_a_node_that_reuses_goes_with_one_that_does_not():
     require_equal(on, off)
 
 
-@CURRENT
 @pytest.mark.parametrize(("cfg", "blocks"), [(7.0, "middle"), (1.0, "d0"), (1.0, "u1")])
 def test_low_precision_is_reused_too(cfg, blocks):
     on, off = both(
@@ -328,83 +309,85 @@ def test_low_precision_is_reused_too(cfg, blocks):
 # What the comparison would notice.
 
 
-def _wrong(kept, name, tensor):
-    """Keep something that is almost right."""
-    changed = tensor[kept.rows].clone()
-    changed[0, 0, 0, 0] += changed.std()
-    kept.tensors[name] = changed
+def _wrong(rows, tensor, block=None, axis=0):
+    """Hand on something that is almost right."""
+    wide = part("calls.rows").Rows.right(rows, tensor, block, axis)
+    if wide is not tensor:
+        wide[-1].view(-1)[0] += wide.std()
+    return wide
 
 
-def _wrong_rows(kept, name, tensor):
-    """Keep the rows of the other cond."""
-    other = slice(0, kept.rows.start) if kept.rows.start else slice(kept.rows.stop, None)
-    kept.tensors[name] = tensor[other].clone()
+def _wrong_rows(rows, tensor, block=None, axis=0):
+    """Hand on the rows of the other cond."""
+    wide = part("calls.rows").Rows.right(rows, tensor, block, axis)
+    if wide is not tensor and rows.plain == 2:
+        wide[2] = wide[1 - rows.joins[0].chunk]
+    return wide
 
 
-def _not_a_copy(kept, name, tensor):
-    """Keep a view, which is changed in place later."""
-    kept.tensors[name] = tensor[kept.rows].mul_(1.001)
-
-
-@CURRENT
 @pytest.mark.parametrize(
-    ("planted", "blocks"),
+    ("name", "planted", "blocks"),
     [
-        (_wrong, "d0"),
-        (_wrong, "middle"),
-        (_wrong, "u1"),
-        (_wrong_rows, "middle"),
-        (_not_a_copy, "u1"),
+        ("widened", _wrong, "d0"),
+        ("widened", _wrong, "middle"),
+        ("widened", _wrong, "u1"),
+        ("widened", _wrong_rows, "middle"),
+        ("_joined", lambda rows, block: sum(j.fork <= block - 1 for j in rows.joins), "m0"),
     ],
 )
-def test_the_comparison_notices_a_planted_error(planted, blocks):
-    with mock.patch.object(part("prefix").Kept, "keep", planted):
-        on, off = both(options={"blocks": blocks})
-    require_shared(on, off, passes=3)
-    assert difference(on.latents, off.latents) > 3 * ROUNDING
+def test_the_comparison_notices_a_planted_error(monkeypatch, name, planted, blocks):
+    rows = part("calls.rows").Rows
+    monkeypatch.setattr(rows, "right", rows.widened, raising=False)
+    monkeypatch.setattr(rows, name, planted)
+    on, off = both(options={"blocks": blocks})
+    assert on.shared == 3 or "its blocks were not reached" in on.reasons
+    if on.shared:
+        assert difference(on.latents, off.latents) > 3 * ROUNDING
 
 
-# What the blocks behind the fork are told.
+# What other nodes are told of a call that has more rows.
 
 
-@CURRENT
 @pytest.mark.parametrize(
     ("kind", "blocks"),
     [("sdxl", "middle"), ("sdxl", "u1"), *(("sd15", b) for b in ("d1", "middle", "u0", "u2"))],
 )
-def test_blocks_behind_the_fork_see_the_options_of_a_whole_pass(kind, blocks):
-    watched = ("transformer_index", "activations_shape", "block_index", "block", "original_shape")
+def test_patches_are_told_the_conds_of_the_rows_that_they_see(kind, blocks):
+    """And all else that blocks are told is what they are told without guidance."""
+    watched = ("transformer_index", "activations_shape", "block_index", "block")
 
     def watching(seen):
-        def look(options):
-            seen.append(tuple(str(options.get(name)) for name in watched))
+        def look(rows, options):
+            sides, uuids = options["cond_or_uncond"], options["uuids"]
+            assert len(sides) == len(set(uuids)) == rows
+            told = tuple(str(options.get(name)) for name in watched)
+            seen.append((rows, sides[:2], tuple(re.sub(r"^\[\d+", "", text) for text in told)))
 
-        def before_middle_and_output(h, hsp, options):
-            look(options)
+        def between(h, options):
+            look(len(h), options)
+            return h
+
+        def before_output(h, hsp, options):
+            look(len(h), options)
+            assert len(h) == len(hsp)
             return h, hsp
 
         def attention(q, k, v, options):
-            look(options)
+            look(len(q), options)
             return q, k, v
 
         def around(model):
-            model.set_model_output_block_patch(before_middle_and_output)
+            model.set_model_input_block_patch(between)
+            model.set_model_output_block_patch(before_output)
             model.set_model_attn2_patch(attention)
             return model
 
         return around
 
-    passes = []
-    for reuse in (True, False):
-        seen = []
-        model = watching(seen)(seg(tiny_model(kind), blocks=blocks, reuse=reuse))
-        result = outcome(model, steps=1, cfg=1.0, size=(8, 10))
-        assert result.shared == int(reuse)
-        passes.append(seen)
-    shared, full = passes
-    half = len(full) // 2
-    assert shared[:half] == full[:half], "the plain pass"
-    behind = shared[half:]
-    assert behind, "something lies behind the fork"
-    assert behind == full[len(full) - len(behind) :]
-    assert len(behind) < half
+    plain, guided = [], []
+    outcome(watching(plain)(exact_model(kind)), steps=1, size=(8, 10))
+    model = watching(guided)(seg(exact_model(kind), blocks=blocks))
+    assert outcome(model, steps=1, size=(8, 10)).shared == 1
+    assert [rest for _, *rest in guided] == [rest for _, *rest in plain]
+    assert {rows for rows, *_ in plain} == {2}
+    assert {rows for rows, *_ in guided} == {2, 3} or blocks == "d1"

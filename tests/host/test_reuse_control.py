@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.controlnet
 import pytest
 import torch
-from host_models import conditioning, noise_like, seg, tiny_model
+from host_models import conditioning, noise_like, seg
 from reuse_checks import (
     MemoryShortage,
     adapter,
@@ -13,14 +13,14 @@ from reuse_checks import (
     control_net,
     controlled,
     controlled_pair,
+    exact_model,
     outcome,
     part,
     require_effect,
     require_equal,
     require_shared,
+    set_free_memory,
 )
-
-CURRENT = pytest.mark.current_only
 
 
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
@@ -29,12 +29,12 @@ def test_the_perturbed_pass_evaluates_no_controlnet(cfg, size):
     control, calls = control_net()
     pair = controlled_pair(conditioning(1), conditioning(2), control, size=size)
     settings = {"positive": pair[0], "negative": pair[1], "cfg": cfg, "size": size, "steps": 3}
-    plain = outcome(tiny_model(), **settings)
+    plain = outcome(exact_model(), **settings)
     per_run, calls[:] = list(calls), []
-    on = outcome(seg(tiny_model()), **settings)
+    on = outcome(seg(exact_model()), **settings)
     assert calls == per_run
     calls.clear()
-    off = outcome(seg(tiny_model(), reuse=False), **settings)
+    off = outcome(seg(exact_model(), reuse=False), **settings)
     assert sum(calls) == sum(per_run) + 3
     assert (on.controls, plain.controls) == (0, 0)
     # The floor of ComfyUI shares the ControlNet's output although it cannot pass over blocks.
@@ -42,7 +42,6 @@ def test_the_perturbed_pass_evaluates_no_controlnet(cfg, size):
     require_effect(than=on, **settings)
 
 
-@CURRENT
 @pytest.mark.parametrize(
     ("blocks", "cfg"),
     [*((blocks, 7.0) for blocks in ("d0", "middle", "u0", "u1")), ("middle", 1.0), ("u1", 1.0)],
@@ -56,20 +55,19 @@ def test_what_controlnet_adds_before_the_fork_is_not_added_twice(blocks, cfg):
     assert on.controls == 0
 
 
-@CURRENT
 @pytest.mark.parametrize("middle", [False, True])
 @pytest.mark.parametrize("blocks", ["d1", "middle", "u1"])
 def test_t2i_adapter(middle, blocks):
     control, _ = adapter(middle=middle)
     pair = controlled_pair(conditioning(1), conditioning(2), control)
     on, off = both(
-        lambda: tiny_model("sd15"), positive=pair[0], negative=pair[1], options={"blocks": blocks}
+        lambda: exact_model("sd15"), positive=pair[0], negative=pair[1], options={"blocks": blocks}
     )
     require_shared(on, off, passes=3)
     require_equal(on, off)
     assert on.controls == 0
     require_effect(
-        lambda: seg(tiny_model("sd15"), blocks=blocks),
+        lambda: seg(exact_model("sd15"), blocks=blocks),
         than=on,
         positive=conditioning(1),
         negative=conditioning(2),
@@ -84,13 +82,13 @@ def test_several_controlnets_in_a_chain():
     for control, strength in ((first, 0.7), (third, 0.6), (second, 0.5)):
         pair = [controlled(c, control, strength=strength) for c in pair]
     settings = {"positive": pair[0], "negative": pair[1]}
-    outcome(tiny_model(), **settings)
+    outcome(exact_model(), **settings)
     plain = (sum(calls_of_first), sum(calls_of_second))
     calls_of_first.clear()
     calls_of_second.clear()
-    on = outcome(seg(tiny_model()), **settings)
+    on = outcome(seg(exact_model()), **settings)
     assert (sum(calls_of_first), sum(calls_of_second)) == plain
-    off = outcome(seg(tiny_model(), reuse=False), **settings)
+    off = outcome(seg(exact_model(), reuse=False), **settings)
     assert on.controls == 0
     require_equal(on, off)
 
@@ -100,7 +98,7 @@ def test_start_and_end_percent(percent):
     control, calls = control_net()
     pair = controlled_pair(conditioning(1), conditioning(2), control, percent=percent)
     settings = {"positive": pair[0], "negative": pair[1], "steps": 5}
-    outcome(tiny_model(), **settings)
+    outcome(exact_model(), **settings)
     plain = sum(calls)
     assert 0 < plain < 2 * 5
     calls.clear()
@@ -143,7 +141,6 @@ def masked(seed, **extra):
     return conditioning(seed, mask=half, mask_strength=0.9, **extra)
 
 
-@CURRENT
 @pytest.mark.parametrize(
     ("positive", "negative"),
     [
@@ -176,7 +173,7 @@ def test_conds_cut_in_chunks(monkeypatch, chunks):
     control, calls = control_net()
     positive, negative = conditioning(1) + conditioning(3), conditioning(2)
     pair = controlled_pair(positive, negative, control)
-    on, off = both(lambda: memory.reach(tiny_model()), positive=pair[0], negative=pair[1])
+    on, off = both(lambda: memory.reach(exact_model()), positive=pair[0], negative=pair[1])
     assert sum(calls) == 3 * 3 + 3 * (3 + 2)
     assert on.controls == 0
     require_equal(on, off)
@@ -192,7 +189,6 @@ def test_batches_of_images_and_of_hints(batch):
     require_equal(on, off)
 
 
-@CURRENT
 def test_two_branches_on_both_sides_reuse_it():
     control, calls = control_net()
     pair = controlled_pair(conditioning(1), conditioning(2), control)
@@ -210,32 +206,59 @@ def test_two_branches_on_both_sides_reuse_it():
 def test_where_the_controlnet_was_not_kept_it_is_evaluated(monkeypatch):
     control, calls = control_net()
     pair = controlled_pair(conditioning(1), conditioning(2), control)
-    prefix = part("prefix").Prefix
-    original = prefix.find
-
-    def lost(self, key):
-        del key
-        return original(self, "another key")
-
-    monkeypatch.setattr(prefix, "find", lost)
+    aside = part("sampling.aside").Aside
+    monkeypatch.setattr(aside, "put", lambda *_: None)
     on, off = both(positive=pair[0], negative=pair[1])
     assert on.controls == 3
     assert sum(calls) == 2 * (3 * 2 + 3)
-    assert on.full == {"cond was not evaluated": 3}
-    require_equal(on, off, bitwise=True)
+    assert on.shared == 0
+    require_equal(on, off)
 
 
-def test_conds_of_one_batch_of_which_some_have_no_controlnet_are_not_joined():
-    prefix = part("prefix")
-    with_control = {"input": [], "middle": [torch.ones(1, 1, 1, 1)], "output": [None]}
-    without_middle = {**with_control, "middle": [None]}
-    for mixed in ([None, with_control], [with_control, None], [with_control, without_middle]):
-        with pytest.raises(prefix.NotReusable, match="only some conds"):
-            prefix.joined_control(mixed, 1)
-    assert prefix.joined_control([None, None], 1) is None
+class Lllite(comfy.controlnet.ControlBase):
+    """A ControlNet that gives nothing, and patches the network through the options instead."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        del x_noisy, t, cond, batched_number
+        self.asked += 1
+        patches = dict(transformer_options.get("patches", {}))
+        patches["attn2_patch"] = [lambda q, k, v, extra: (1.3 * q, k, v)]
+        transformer_options["patches"] = patches
 
 
-@CURRENT
+@pytest.mark.parametrize("free", [None, 1e6])
+@pytest.mark.parametrize("cfg", [7.0, 1.0])
+def test_a_controlnet_that_acts_through_the_options_acts_on_both_predictions(
+    monkeypatch, cfg, free
+):
+    if free is not None:
+        set_free_memory(monkeypatch, free)
+    pair = [[[e, {**v, "control": Lllite()}] for e, v in conditioning(s)] for s in (1, 2)]
+    settings = {"positive": pair[0], "negative": pair[1], "cfg": cfg}
+    on, off = both(**settings)
+    assert on.shared == (3 if free is None else 0)
+    require_equal(on, off)
+    require_effect(seg_model, than=on, cfg=cfg)
+
+
+def seg_model():
+    return seg(exact_model())
+
+
+def test_who_looks_at_a_waiting_controlnet_sees_the_controlnet():
+    control, _ = control_net()
+    stand_in = part("calls.control").ControlStandIn(control, lambda *_: (None,))
+    assert isinstance(stand_in, comfy.controlnet.ControlNet)
+    stand_in.cond_hint = 5
+    assert control.cond_hint == 5
+    del stand_in.cond_hint
+    assert not hasattr(control, "cond_hint")
+
+
 def test_one_residual_for_a_batch_is_joined_row_by_row(monkeypatch):
     # The main pass sees the positive conds in different calls, the perturbed pass in one.
     control, _ = adapter(middle=True)
@@ -243,7 +266,7 @@ def test_one_residual_for_a_batch_is_joined_row_by_row(monkeypatch):
     pair = controlled_pair(positive, negative, control)
     memory = MemoryShortage(monkeypatch, chunks=4)
     on, off = both(
-        lambda: memory.reach(tiny_model("sd15")), positive=pair[0], negative=pair[1], batch=2
+        lambda: memory.reach(exact_model("sd15")), positive=pair[0], negative=pair[1], batch=2
     )
     require_shared(on, off, passes=3)
     require_equal(on, off)

@@ -145,20 +145,20 @@ def test_areas_use_the_mask_of_their_own_prompt():
     left = conditioning(1, area=(16, 8, 0, 0), strength=1.0)
     right = conditioning(3, area=(16, 8, 0, 8), strength=1.0)
     masses = {}
-    saliency = importlib.import_module(PACK + ".nodes.host.saliency")
-    original = saliency.InputBlur._mass
+    saliency = importlib.import_module(PACK + ".nodes.host.sampling.saliency")
+    original = saliency.attention_over_latent
 
-    def spy(self, step, x, sigma, conds):
-        result = original(self, step, x, sigma, conds)
+    def spy(blur, run, x, sigma, conds):
+        result = original(blur, run, x, sigma, conds)
         masses["whole"] = result
         for cond in conds:
-            (mass,) = step.run.masses[(self, cond["uuid"])].values()
+            (mass,) = run.masses[(blur, cond["uuid"])].values()
             grid = mass.grid
             masses[cond["area"][3]] = mass.mass.reshape(1, 1, grid.height, grid.width)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saliency.InputBlur, "_mass", spy)
+        patch.setattr(saliency, "attention_over_latent", spy)
         guided = sample(sag(model), positive=left + right, size=(16, 16), steps=1, cfg=1.0)
     assert torch.isfinite(guided).all()
     for offset in (0, 8):

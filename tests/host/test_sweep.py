@@ -135,7 +135,7 @@ def test_each_image_of_a_batch_has_its_own_grid():
 
 
 def test_progress_runs_once_over_all_images(monkeypatch):
-    progress = part("host.progress")
+    progress = part("host.show.progress")
     seen = []
 
     class Bar:

@@ -101,6 +101,76 @@ def test_seg_core_never_imports_the_nodes(path):
     assert not names & set(HOST)
 
 
+HOST_SIDE = ROOT / "nodes" / "host"
+# From the ground up; `show` stands beside them.
+ROOMS = ["settings", "probe", "calls", "networks", "sampling"]
+LONGEST = 250
+
+
+def imported_files(path):
+    """Return the files of the host side that a file imports, wherever in it the import stands."""
+    found = set()
+    for entry in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(entry, ast.ImportFrom) or not entry.level:
+            continue
+        base = path.parents[entry.level - 1]
+        names = (entry.module or "").split(".") if entry.module else []
+        places = [names] if entry.module else [[alias.name] for alias in entry.names]
+        for place in places:
+            target = base.joinpath(*place)
+            for file in (target.with_suffix(".py"), target / "__init__.py"):
+                if file.is_file() and HOST_SIDE in file.parents:
+                    found.add(file)
+    return found
+
+
+def room_of(path):
+    return path.relative_to(HOST_SIDE).parts[0]
+
+
+HOST_FILES = [path for path in sorted(HOST_SIDE.rglob("*.py")) if path.parent != HOST_SIDE]
+
+
+@pytest.mark.parametrize("path", HOST_FILES, ids=lambda p: str(p.relative_to(HOST_SIDE)))
+def test_imports_between_rooms_only_run_down(path):
+    room = room_of(path)
+    for other in map(room_of, imported_files(path)):
+        allowed = [room] if room == "show" else ROOMS[: ROOMS.index(room) + 1]
+        assert other in allowed, f"{room} imports {other}"
+
+
+def test_no_file_of_the_host_side_imports_itself_through_others():
+    graph = {path: imported_files(path) for path in sorted(HOST_SIDE.rglob("*.py"))}
+    assert sum(map(len, graph.values())) > 50, "imports are seen"
+    done = set()
+
+    def visit(path, above):
+        assert path not in above, [str(p.relative_to(HOST_SIDE)) for p in (*above, path)]
+        if path not in done:
+            for other in graph[path]:
+                visit(other, (*above, path))
+            done.add(path)
+
+    for path in graph:
+        visit(path, ())
+
+
+def test_a_room_that_reaches_up_would_be_noticed(tmp_path, monkeypatch):
+    for name in ("calls", "sampling"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sampling" / "run.py").write_text("", encoding="utf-8")
+    up = tmp_path / "calls" / "call.py"
+    up.write_text("def late():\n    from ..sampling.run import Run\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "HOST_SIDE", tmp_path)
+    with pytest.raises(AssertionError, match="calls imports sampling"):
+        test_imports_between_rooms_only_run_down(up)
+
+
+@pytest.mark.parametrize("path", HOST_FILES, ids=lambda p: str(p.relative_to(HOST_SIDE)))
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
 def test_the_entry_point_imports_nothing_of_comfyui(pack):
     assert pack.WEB_DIRECTORY == "./web"
     assert set(pack.__all__) == {"WEB_DIRECTORY", "comfy_entrypoint"}

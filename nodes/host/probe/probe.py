@@ -141,16 +141,6 @@ class Probe:
         return (self._records[-1] if self._records else None), False
 
 
-def watch(model: Any, probe: Probe) -> Any:
-    """Return a clone of a model that fills a probe when it samples."""
-    from .sampling import with_run
-
-    watched = with_run(model)
-    options = watched.model_options
-    options[PROBES] = [*options.get(PROBES, ()), probe]
-    return watched
-
-
 def fingerprint_of(samples: torch.Tensor) -> tuple[float, ...]:
     """Return numbers by which latents are recognised."""
     if samples.is_nested:

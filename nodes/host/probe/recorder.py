@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ...seg_core import Target, TokenGrid, logit_variance, mean_logsumexp, row_curvature
-from .perturbation import Site, Smooth
+from ....seg_core import Target
+from ..settings.branch import Branch
+from .look import BlockNotes, Look, Picks
 from .probe import (
     PROBES,
     BlockRecord,
@@ -28,15 +29,9 @@ from .probe import (
     fingerprint_of,
 )
 
-if TYPE_CHECKING:
-    from .branch import Branch
-    from .report import Report
-
-HEADS = 2
-QUERIES = 64
-LARGEST = 4096**2
 MAP_SIDE = 128
-_GOLDEN = (math.sqrt(5) - 1) / 2
+Counts = tuple[int, Counter[str]]
+"""Predictions made in plain calls, and whole passes by reason."""
 
 
 def recorder_of(model_options: dict[str, Any]) -> Recorder | None:
@@ -48,7 +43,7 @@ def recorder_of(model_options: dict[str, Any]) -> Recorder | None:
 @dataclass
 class _BranchNotes:
     begin: Any
-    counts: tuple[int, Counter[str]]
+    counts: Counts
     numbers: torch.Tensor | None = None
     end: Any = None
     conds: int = 0
@@ -57,20 +52,12 @@ class _BranchNotes:
 
 
 @dataclass
-class _BlockNotes:
-    queries: int
-    sampled: tuple[int, int]
-    numbers: torch.Tensor
-
-
-@dataclass
 class _StepNotes:
     timestep: torch.Tensor
-    report: Report
     begin: Any
     end: Any = None
     branches: dict[Branch, _BranchNotes] = field(default_factory=dict)
-    blocks: dict[tuple[Branch, Target], _BlockNotes] = field(default_factory=dict)
+    blocks: dict[tuple[Branch, Target], BlockNotes] = field(default_factory=dict)
     before: torch.Tensor | None = None
     heat: torch.Tensor | None = None
 
@@ -81,36 +68,36 @@ class Recorder:
     def __init__(self, probes: list[Probe]) -> None:
         self._probes = probes
         self._steps: list[_StepNotes] = []
-        self._picked: dict[Any, torch.Tensor] = {}
-        self._slopes: dict[Any, torch.Tensor] = {}
+        self._picks = Picks()
 
     @contextmanager
-    def step(self, timestep: torch.Tensor, report: Report) -> Iterator[None]:
+    def step(self, timestep: torch.Tensor) -> Iterator[None]:
         """Record one evaluation of the guided model."""
-        notes = _StepNotes(timestep.flatten()[:1], report, _now(timestep.device))
+        notes = _StepNotes(timestep.flatten()[:1], _now(timestep.device))
         self._steps.append(notes)
         yield
         notes.end = _now(timestep.device)
         notes.before = None
 
-    def begin(self, branch: Branch, args: dict[str, Any]) -> None:
-        """Note that a branch starts to work on a prediction."""
+    def begin(self, branch: Branch, args: dict[str, Any], counts: Counts) -> None:
+        """Note that a branch starts to work on a prediction, and what it took so far."""
         if not self._steps:
             return
         now = self._steps[-1]
         if now.before is None:  # what our first branch finds: cfg and the nodes before it
             now.before = args["denoised"] - args["cond_denoised"]
-        counts = _counts(now.report, branch)
         now.branches[branch] = _BranchNotes(_now(args["input"].device), counts)
 
-    def guided(self, branch: Branch, args: dict[str, Any], guided: torch.Tensor) -> None:
-        """Note what a branch has made of a prediction."""
+    def guided(
+        self, branch: Branch, args: dict[str, Any], guided: torch.Tensor, counts: Counts
+    ) -> None:
+        """Note what a branch has made of a prediction, and what it took in all."""
         if not self._steps:
             return
         now = self._steps[-1]
         notes = now.branches[branch]
         notes.end = _now(guided.device)
-        shared, full = _counts(now.report, branch)
+        shared, full = counts
         notes.shared = shared - notes.counts[0]
         notes.full = dict(full - notes.counts[1])
         notes.conds = len(args["cond"] or ()) + len(args["uncond"] or ())
@@ -123,29 +110,11 @@ class Recorder:
 
     def look(self, branch: Branch) -> Look | None:
         """Return what is to be seen of a branch's attention in one model call."""
-        return Look(self, branch, self._steps[-1].blocks) if self._steps else None
+        return Look(self._picks, branch, self._steps[-1].blocks) if self._steps else None
 
-    def picked(self, heads: int, tokens: int, keys: int, device: torch.device) -> torch.Tensor:
-        """Return the queries to measure: the same in every step, spread over the whole grid."""
-        key = (heads, tokens, keys, device)
-        if key not in self._picked:
-            most = min(QUERIES, max(1, LARGEST // (2 * min(heads, HEADS) * keys)), tokens)
-            # Multiples of the golden ratio fall on all rows and columns; even steps may not.
-            spread = {int(i * _GOLDEN % 1 * tokens) for i in range(most)} if most < tokens else ()
-            index = torch.tensor(sorted(spread) or range(tokens))
-            self._picked[key] = index.to(device, non_blocking=True)
-        return self._picked[key]
-
-    def slopes(self, grid: TokenGrid, smooth: Smooth, picked: torch.Tensor) -> torch.Tensor:
-        """Return how much of the curvature at each measured query the blur lets through."""
-        key = (grid, smooth, picked.device)
-        if key not in self._slopes:
-            slopes = smooth.slopes(grid).float().to(picked.device)
-            slopes = slopes[picked]
-            self._slopes[key] = torch.stack([torch.ones_like(slopes), slopes])
-        return self._slopes[key]
-
-    def finish(self, samples: torch.Tensor, branches: list[Branch], report: Report) -> None:
+    def finish(
+        self, samples: torch.Tensor, branches: list[Branch], warnings: tuple[str, ...]
+    ) -> None:
         """Fetch everything, and hand it to the probes."""
         done = [notes for notes in self._steps if notes.end is not None]
         numbers = [b.numbers for n in done for b in n.branches.values() if b.numbers is not None]
@@ -166,89 +135,10 @@ class Recorder:
                 branches=tuple(branches),
                 steps=steps,
                 heat=torch.stack(heat).cpu() if fitting else None,
-                warnings=report.warnings,
+                warnings=warnings,
                 fingerprint=fingerprint_of(samples),
             )
         self._steps.clear()
-
-
-class Look:
-    """What a recorder sees of the attention that a branch smooths, in one model call."""
-
-    def __init__(
-        self, recorder: Recorder, branch: Branch, blocks: dict[tuple[Branch, Target], _BlockNotes]
-    ) -> None:
-        self._recorder = recorder
-        self._branch = branch
-        self._blocks = blocks
-
-    def at_tokens(
-        self,
-        target: Target,
-        attn: Any,
-        tokens: torch.Tensor,
-        smoothed: torch.Tensor,
-        context: torch.Tensor,
-        grid: TokenGrid,
-        smooth: Smooth,
-    ) -> None:
-        """Look at a `CrossAttention` whose input tokens are smoothed; one sample of each.
-
-        Only the queries that are measured are projected.
-        """
-        if (self._branch, target) in self._blocks:
-            return
-        count = attn.heads
-        picked = self._recorder.picked(count, grid.tokens, context.shape[0], tokens.device)
-        after = smoothed if smoothed.shape[0] == 1 else smoothed[picked]
-        pair = torch.stack([tokens[picked], after.expand(len(picked), -1)])
-        query = attn.to_q(pair).unflatten(-1, (count, -1))[:, :, _heads(count)]
-        key = attn.to_k(context[None])[0].unflatten(-1, (count, -1))[:, _heads(count)]
-        self._measure(target, query.transpose(1, 2), key.transpose(0, 1), grid, picked, smooth)
-
-    def at_queries(
-        self,
-        target: Target,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        grid: TokenGrid,
-        smooth: Smooth,
-        site: Site,
-        scale: float | None = None,
-    ) -> None:
-        """Look at queries that are smoothed themselves: `(heads, tokens, dim)` of one sample."""
-        if (self._branch, target) in self._blocks:
-            return
-        few = _heads(query.shape[0])
-        shared = query.shape[0] // key.shape[0]  # grouped queries have fewer heads of keys
-        query, key = query[few], key[[head // shared for head in few]]
-        picked = self._recorder.picked(len(few), grid.tokens, key.shape[1], query.device)
-        after = smooth(query, grid, site, False)[:, picked]
-        pair = torch.stack([query[:, picked], after])
-        self._measure(target, pair, key, grid, picked, smooth, scale)
-
-    def _measure(
-        self,
-        target: Target,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        grid: TokenGrid,
-        picked: torch.Tensor,
-        smooth: Smooth,
-        scale: float | None = None,
-    ) -> None:
-        factor = query.shape[-1] ** -0.5 if scale is None else scale
-        logits = (query.float() * factor) @ key.float().mT
-        slopes = self._recorder.slopes(grid, smooth, picked)[:, None]
-        curvature = (slopes * row_curvature(logits)).mean(dim=-1)
-        per_head = torch.stack([logit_variance(logits), mean_logsumexp(logits), curvature])
-        sampled = (logits.shape[1], logits.shape[2])
-        numbers = per_head.mean(dim=-1).mT
-        self._blocks[self._branch, target] = _BlockNotes(grid.tokens, sampled, numbers)
-
-
-def _heads(count: int) -> list[int]:
-    return sorted({int((i + 0.5) / HEADS * count) for i in range(min(HEADS, count))})
 
 
 def _sizes(change: torch.Tensor, cfg: Any, prediction: torch.Tensor) -> torch.Tensor:
@@ -294,11 +184,6 @@ def _branch_records(
             seen.get(branch, {}),
         )
     return found
-
-
-def _counts(report: Report, branch: Branch) -> tuple[int, Counter[str]]:
-    full = {reason: n for (owner, reason), n in report.full.items() if owner is branch}
-    return report.shared[branch], Counter(full)
 
 
 def _fetched(tensors: list[torch.Tensor]) -> list[Any]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .dit import DiT
-from .unet import UNet
+from .dit.dit import DiT
+from .unet.unet import UNet
+from .view import View
 
 _ISSUES = "https://github.com/seg-guidance/smoothed-energy-guidance/issues"
 
 
-def network_of(model: Any) -> UNet | DiT:
+def view_of(network: Any) -> View | None:
+    """Return the guidance view of a network; None if none of its self-attention is in reach.
+
+    Raises:
+        ValueError: if its family is known to be out of reach; says why.
+    """
+    return UNet(network) if UNet.is_one(network) else DiT.of(network)
+
+
+def network_of(model: Any) -> View:
     """Return the guidance view of a model's network.
 
     Args:
@@ -20,11 +30,9 @@ def network_of(model: Any) -> UNet | DiT:
         ValueError: if no self-attention of the network can be reached; names the network.
     """
     network = model.get_model_object("diffusion_model")
-    if UNet.is_one(network):
-        return UNet(network)
-    transformer = DiT.of(network)
-    if transformer is not None:
-        return transformer
+    view = view_of(network)
+    if view is not None:
+        return view
     raise ValueError(
         f"Smoothed Energy Guidance does not know the network {type(network).__name__} "
         f"({type(network).__module__}) of this {type(model.model).__name__} model. To ask for it, "

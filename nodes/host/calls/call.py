@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+# The one key under which this pack keeps its objects in ComfyUI's dictionaries.
+KEY = "smoothed_energy_guidance"
 COMPILE_KEY = "torch.compile"
 
 
@@ -37,30 +39,42 @@ class Call:
         )
 
     @property
+    def model(self) -> Any:
+        """Return the model that runs: with several devices, each has one of its own."""
+        return self.executor.class_obj
+
+    @property
     def uuids(self) -> list[Hashable]:
         """Return the cond identities, one for each chunk of rows."""
         return self.options["uuids"]
 
+    @property
+    def chunk_rows(self) -> int:
+        """Return the number of rows of one cond."""
+        return self.x.shape[0] // len(self.uuids)
+
     def rows(self, chunk: int) -> slice:
         """Return the rows of the batch that belong to one chunk."""
-        size = self.x.shape[0] // len(self.uuids)
+        size = self.chunk_rows
         return slice(chunk * size, (chunk + 1) * size)
+
+    def part(self, chunks: range) -> Call:
+        """Return the same call for some of its conds, to look things up in; it cannot be run."""
+        if len(chunks) == len(self.uuids):
+            return self
+        rows = slice(self.rows(chunks[0]).start, self.rows(chunks[-1]).stop)
+        labels = {n: [self.options[n][c] for c in chunks] for n in ("uuids", "cond_or_uncond")}
+        return replace(self, x=self.x[rows], options={**self.options, **labels})
 
     @property
     def place(self) -> Hashable:
         """Return which part of a long latent this call sees."""
         return place_of(self.options)
 
-    def patch(self, name: str, patches: list[Any]) -> None:
-        """Replace one list of the host's patches, for this call alone."""
-        self.options = {
-            **self.options,
-            "patches": {**self.options.get("patches", {}), name: patches},
-        }
-
-    def patches(self, name: str) -> list[Any]:
-        """Return one list of the host's patches."""
-        return list(self.options.get("patches", {}).get(name, ()))
+    @property
+    def is_compiled(self) -> bool:
+        """Tell whether torch has compiled the network: graphs ignore hooks made for one call."""
+        return COMPILE_KEY in self.options.get("wrappers", {}).get("apply_model", {})
 
 
 def place_of(options: dict[str, Any]) -> Hashable:
@@ -69,41 +83,25 @@ def place_of(options: dict[str, Any]) -> Hashable:
     return None if window is None else (window.dim, tuple(window.index_list))
 
 
-class Identity:
-    """An object as itself: equal to nothing else, and alive, so that nothing takes its address."""
-
-    __slots__ = ("_object",)
-
-    def __init__(self, of: object) -> None:
-        self._object = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Identity) and self._object is other._object
-
-    def __hash__(self) -> int:
-        return id(self._object)
+_OF_ONE_CALL = {KEY, "cond_or_uncond", "uuids", "sigmas", "context_window"}
 
 
-def signature(options: dict[str, Any]) -> Hashable:
-    """Return what other nodes do to this call; equal signatures mean equal computations.
+def same_options(one: Any, other: Any) -> bool:
+    """Tell whether other nodes do the same to two calls, whose options are both alive.
 
-    Patches are compared by identity: a patch made anew for each call never compares equal, which
-    costs a full pass and is never wrong.
+    What they put there is compared by identity: a patch made anew for each call is never the same,
+    which costs a computation and is never wrong.
     """
-    patches = {k: tuple(map(Identity, v)) for k, v in options.get("patches", {}).items() if v}
-    replaced = {
-        kind: frozenset((key, Identity(fn)) for key, fn in table.items())
-        for kind, table in options.get("patches_replace", {}).items()
-        if table
-    }
-    inner = options.get("wrappers", {}).get("diffusion_model", {})
-    wrappers = {key: tuple(map(Identity, fns)) for key, fns in inner.items() if fns}
-    return (
-        frozenset(patches.items()),
-        frozenset(replaced.items()),
-        frozenset(wrappers.items()),
-        Identity(options.get("optimized_attention_override")),
-    )
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = (set(one) | set(other)) - _OF_ONE_CALL
+        return all(same_options(one.get(key), other.get(key)) for key in keys)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_options, one, other))
+    return one is other or (_is_empty(one) and _is_empty(other))
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, dict | list) and not value)
 
 
 def with_apply_wrapper(
@@ -115,11 +113,9 @@ def with_apply_wrapper(
         model_options: the host's options; not written to.
         marker: the object that `wrapper` finds again in the options of each call.
         wrapper: an `apply_model` wrapper of the host.
-        compiled: keep graphs compiled by torch; they ignore per-call patches, since the host
-            drops their guards on `transformer_options`.
+        compiled: keep graphs compiled by torch; they ignore what is changed for one call, since
+            the host drops their guards on `transformer_options`.
     """
-    from .branch import KEY
-
     options = dict(model_options["transformer_options"])
     wrappers = dict(options.get("wrappers", {}))
     around = {

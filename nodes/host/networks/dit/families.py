@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ...seg_core import TokenGrid
-from .call import Call
+from .....seg_core import TokenGrid
+from ...calls.blocks import OUTPUT, Axes
+from ...calls.call import Call
 
 Patch = tuple[int, int, int]
-NO_HOOK = "this network offers no hook to pass over blocks"
 
 
 def patch_size(network: Any) -> Patch:
@@ -23,9 +23,8 @@ def patch_size(network: Any) -> Patch:
     return (frames[0] if frames else 1), rows, columns
 
 
-def one_cell(network: Any) -> Patch:
+def one_cell(_network: Any) -> Patch:
     """Return the patch of networks whose tokens are the latent's cells."""
-    del network
     return 1, 1, 1
 
 
@@ -105,16 +104,14 @@ def _only_image(network: Any, call: Call, grid: TokenGrid) -> int:
     return grid.width
 
 
-def _no_lead(network: Any, call: Call) -> int:
-    del network, call
-    return 0
+def _none(_call: Call) -> str:
+    return ""
 
 
-def _refiners(network: Any, call: Call) -> int:
-    refiners = [network.context_refiner, network.noise_refiner]
-    if call.extra.get("ref_latents") is not None:
-        refiners.append(network.ref_image_refiner)
-    return sum(len(blocks) for blocks in refiners)
+def _one_reference(call: Call) -> str:
+    if call.extra.get("ref_latent") is None:
+        return ""
+    return "ComfyUI takes this reference image for one picture at a time"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,24 +121,19 @@ class Family:
     Attributes:
         name: the models that users know.
         network: module below ``comfy.ldm`` and name of the class; subclasses belong to it.
-        parts: name of each list of blocks -> attribute of the network, in forward order. Where
-            the host has a hook around blocks, its key is ``<name>_block``.
+        parts: name of each list of blocks -> attribute of the network, in forward order.
         anchor: the end of the queries' sequence that the image's tokens are counted from.
         patch: the network's patch.
         grid: token grid of a call; the image is always frame by frame in row-major order.
         beside: tokens between the anchor and the image. Reference images that the host counts in
             ``reference_image_num_tokens`` stand at the end and are added.
-        references: older hosts put them there too, but do not count them.
+        references: older hosts put them there too, uncounted.
         row: tokens from one row of the image to the next.
-        identity: how a block is known during its attention: the host's ``block_index``, a hook
-            around the block, or the number of the attention call.
         first_only: only a block's first attention call is self-attention of the image.
-        lead: attention calls before the first block; with `calls`, for counting.
-        calls: attention calls in a block of each part. With ``block_index`` as identity, for
-            versions of the host without it.
         cached_keys: keys of tokens without queries come before the queries' own.
-        streams: what flows from block to block through the host's hook.
-        obstacle: why passing over blocks is not exact; empty if it is.
+        axes: where rows are not the first axis of what goes into a block or comes out of it.
+        shared: attributes of the network that no perturbation reaches, and take rows alone.
+        obstacle: why a call cannot take more rows; empty if it can.
         auto: tenths of the depth between which `auto` chooses, all parts as one list.
         unsupported: why nothing can be perturbed; empty if something can.
     """
@@ -155,13 +147,11 @@ class Family:
     beside: Callable[[Any, Call, TokenGrid], int] = _no_tokens
     references: bool = False
     row: Callable[[Any, Call, TokenGrid], int] = _only_image
-    identity: Literal["index", "hook", "count"] = "index"
     first_only: bool = False
-    lead: Callable[[Any, Call], int] = _no_lead
-    calls: dict[str, int] = field(default_factory=dict)
     cached_keys: bool = False
-    streams: tuple[str, ...] = ("img", "txt")
-    obstacle: str = ""
+    axes: Axes = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+    obstacle: Callable[[Call], str] = _none
     auto: tuple[int, int] = (3, 4)
     unsupported: str = ""
 
@@ -173,45 +163,47 @@ def auto_range(family: Family, depth: int) -> range:
 
 
 _TWO = {"double": "double_blocks", "single": "single_blocks"}
-_WAN = {"anchor": "start", "first_only": True, "streams": ("img",)}
+_WAN = {
+    "parts": {"double": "blocks"},
+    "anchor": "start",
+    "first_only": True,
+    "shared": ("patch_embedding", "vace_patch_embedding", "vace_blocks"),
+}
 _LTX = {
     "parts": {"double": "transformer_blocks"},
     "anchor": "start",
     "grid": _without_guides,
-    "identity": "hook",
     "first_only": True,
-    "streams": ("img",),
 }
+_COSMOS_1 = {"x": 3, "crossattn_emb": 1, OUTPUT: 3}
 _NO_OPTIONS = "its attention is out of reach: it does not pass on the host's options"
 
 FAMILIES = (
     Family("Flux, Flux.2, LongCat-Image", "flux.model.Flux", _TWO, references=True),
     Family("Chroma, Chroma Radiance", "chroma.model.Chroma", _TWO),
-    Family("SD3, SD3.5", "modules.diffusionmodules.mmdit.MMDiT", {"double": "joint_blocks"},
-           identity="hook"),
+    Family("SD3, SD3.5", "modules.diffusionmodules.mmdit.MMDiT", {"double": "joint_blocks"}),
     Family("AuraFlow", "aura.mmdit.MMDiT",
-           {"double": "double_layers", "single": "single_layers"}, identity="hook"),
+           {"double": "double_layers", "single": "single_layers"}),
     Family("Qwen-Image, Qwen-Image-Edit", "qwen_image.model.QwenImageTransformer2DModel",
            {"double": "transformer_blocks"}, references=True),
     Family("Lumina 2, Z-Image, NewBie", "lumina.model.NextDiT", {"double": "layers"},
-           beside=_padding, obstacle=NO_HOOK),
-    Family("HunyuanVideo, HunyuanImage", "hunyuan_video.model.HunyuanVideo", _TWO),
-    Family("Wan", "wan.model.WanModel", {"double": "blocks"}, beside=_reference_image, **_WAN),
-    Family("Wan SCAIL", "wan.model.SCAILWanModel", {"double": "blocks"},
-           beside=_reference_frames, **_WAN),
+           beside=_padding, shared=("context_refiner", "noise_refiner")),
+    Family("HunyuanVideo, HunyuanImage", "hunyuan_video.model.HunyuanVideo", _TWO,
+           obstacle=_one_reference),
+    Family("Wan", "wan.model.WanModel", beside=_reference_image, **_WAN),
+    Family("Wan SCAIL", "wan.model.SCAILWanModel", beside=_reference_frames, **_WAN),
     Family("LTX-Video", "lightricks.model.LTXVModel", patch=one_cell, **_LTX),
     Family("LTX-2", "lightricks.av_model.LTXAVModel", patch=one_cell, **_LTX),
     Family("Cosmos-Predict2, Anima", "cosmos.predict2.MiniTrainDIT", {"double": "blocks"},
            anchor="start", patch=lambda n: (n.patch_temporal, n.patch_spatial, n.patch_spatial),
-           first_only=True, calls={"double": 2}, obstacle=NO_HOOK),
+           first_only=True),
     Family("Cosmos 1", "cosmos.model.GeneralDIT", {"block": "blocks"}, anchor="start",
-           patch=lambda n: (n.patch_temporal, n.patch_spatial, n.patch_spatial),
-           identity="count", first_only=True, calls={"block": 2}, obstacle=NO_HOOK),
+           patch=lambda n: (n.patch_temporal, n.patch_spatial, n.patch_spatial), first_only=True,
+           axes=_COSMOS_1),
     Family("Kandinsky 5", "kandinsky5.model.Kandinsky5", {"double": "visual_transformer_blocks"},
-           anchor="start", first_only=True,
-           obstacle="this network's hook around blocks does not work"),
+           anchor="start", first_only=True),
     Family("Krea 2", "krea2.model.SingleStreamDiT", {"single": "blocks"},
-           patch=lambda n: (1, n.patch, n.patch), grid=_each_frame_alone, obstacle=NO_HOOK),
+           patch=lambda n: (1, n.patch, n.patch), grid=_each_frame_alone),
     Family("Lens", "lens.model.LensTransformer2DModel", {"double": "transformer_blocks"},
            anchor="start", patch=one_cell),
     Family("JoyImage", "joyimage.model.JoyImageTransformer3DModel", {"double": "double_blocks"},
@@ -220,26 +212,21 @@ FAMILIES = (
            {"double": "transformer_blocks"}, patch=one_cell),
     Family("HiDream-I1, HiDream-E1", "hidream.model.HiDreamImageTransformer2DModel",
            {"double": "double_stream_blocks", "single": "single_stream_blocks"}, anchor="start",
-           row=_image_beside, identity="count", calls={"double": 1, "single": 1},
-           obstacle=NO_HOOK),
+           row=_image_beside),
     Family("HiDream-O1", "hidream_o1.model.HiDreamO1Transformer",
            {"double": "language_model.layers"}, anchor="start", beside=_one_token,
-           cached_keys=True, obstacle="a hook around blocks turns this network's own cache off"),
-    Family("OmniGen2", "omnigen.omnigen2.OmniGen2Transformer2DModel", {"block": "layers"},
-           identity="count", lead=_refiners, calls={"block": 1}, obstacle=NO_HOOK),
+           cached_keys=True),
+    Family("OmniGen2", "omnigen.omnigen2.OmniGen2Transformer2DModel", {"block": "layers"}),
     Family("Boogu", "boogu.model.BooguTransformer2DModel",
-           {"double": "double_stream_layers", "single": "single_stream_layers"},
-           identity="count", lead=_refiners, calls={"double": 2, "single": 1}, obstacle=NO_HOOK),
+           {"double": "double_stream_layers", "single": "single_stream_layers"}),
     Family("CogVideoX", "cogvideo.model.CogVideoXTransformer3DModel", {"block": "blocks"},
-           patch=lambda n: (n.patch_size_t or 1, n.patch_size, n.patch_size),
-           identity="count", calls={"block": 1}, obstacle=NO_HOOK),
+           patch=lambda n: (n.patch_size_t or 1, n.patch_size, n.patch_size)),
     Family("Ideogram 4", "ideogram4.model.Ideogram4Transformer2DModel", {"block": "layers"},
-           patch=one_cell, identity="count", calls={"block": 1}, obstacle=NO_HOOK),
+           patch=one_cell),
     Family("PixelDiT, PiD", "pixeldit.model.PixDiT_T2I",
-           {"patch": "patch_blocks", "pixel": "pixel_blocks"}, identity="count",
-           calls={"patch": 1, "pixel": 1}, obstacle=NO_HOOK),
+           {"patch": "patch_blocks", "pixel": "pixel_blocks"}),
     Family("Mochi", "genmo.joint_model.asymm_models_joint.AsymmDiTJoint", {"double": "blocks"},
-           anchor="start", identity="hook"),
+           anchor="start"),
     Family("PixArt", "pixart.pixartms.PixArtMS", unsupported=_NO_OPTIONS),
     Family("HunyuanDiT", "hydit.models.HunYuanDiT", unsupported=_NO_OPTIONS),
     Family("ERNIE-Image", "ernie.model.ErnieImageModel", unsupported=_NO_OPTIONS),

@@ -17,9 +17,14 @@ class Report:
         self.steps = 0
         self.guided: Counter[Any] = Counter()
         self.shared: Counter[Any] = Counter()
+        """Perturbed predictions that were made in the call of the plain one."""
         self.full: Counter[tuple[Any, str]] = Counter()
+        """Those that took a whole pass of the model, by reason."""
+        self.cached: Counter[Any] = Counter()
+        """Those that another node answered from its cache, as it did the plain ones."""
         self.hits: Counter[tuple[Any, Any]] = Counter()
         self.calls: Counter[Any] = Counter()
+        """Model calls in which a branch's perturbation was at work."""
         self.controls_evaluated = 0
         self._said: dict[str, None] = {}
         self.milliseconds = 0.0
@@ -38,10 +43,19 @@ class Report:
         return tuple(self._said)
 
     def reached(self, branch: Any, site: Any) -> None:
-        """Count one perturbed model call, and the blocks whose queries it changed."""
+        """Count one perturbed model call, and the blocks whose attention it changed."""
         self.calls[branch] += 1
         for target in site.reached:
             self.hits[branch, target] += 1
+
+    def was_reached(self, branch: Any) -> bool:
+        """Tell whether any block of a branch was changed so far."""
+        return any(owner is branch for owner, _ in self.hits)
+
+    def counts(self, branch: Any) -> tuple[int, Counter[str]]:
+        """Return a branch's predictions so far: in plain calls, and in whole passes by reason."""
+        whole = {reason: n for (owner, reason), n in self.full.items() if owner is branch}
+        return self.shared[branch], Counter(whole)
 
     def warn_once(self, message: str) -> None:
         """Log a warning, the first time in this run that it is to be said."""
@@ -59,8 +73,8 @@ class Report:
 
     def line(self, branch: Any) -> str:
         """Return one line on what a branch did."""
-        why = {reason: n for (owner, reason), n in self.full.items() if owner is branch}
-        passes = f"{self.shared[branch]} shared, {sum(why.values())} full passes"
+        shared, why = self.counts(branch)
+        passes = f"{shared} in the plain call of the model, {sum(why.values())} in whole passes"
         reasons = "; ".join(f"{n} because {reason}" for reason, n in why.items() if reason)
         return (
             f"{branch.perturbation.label}: {branch.perturbation.where}, "
@@ -68,6 +82,12 @@ class Report:
             + (f" ({reasons})" if reasons else "")
             + f", {self.milliseconds:.0f} ms per evaluation"
         )
+
+    def _used(self, branch: Any) -> int:
+        if branch.side == "free":
+            return self.calls[branch]
+        shared, whole = self.counts(branch)
+        return shared + sum(whole.values()) + self.cached[branch]
 
     def _warn(self, branch: Any) -> None:
         label = branch.perturbation.label
@@ -77,7 +97,7 @@ class Report:
                 f"{label} had no effect: its window {percent[0]:g} to {percent[1]:g} of sampling "
                 f"covers none of the {self.steps} model evaluations of this run."
             )
-        if not self.calls[branch]:
+        if not self._used(branch):
             if self.guided[branch] and branch.side != "free":
                 self.warn_once(
                     f"{label} had no effect: its perturbed pass never reached the model. Either "

@@ -1,0 +1,109 @@
+"""Hooks on a network's blocks for the length of one call; none is left, whatever happens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .rows import Rows
+from .trees import map_tensors
+
+Axes = Mapping[str, int]
+OUTPUT = "return"
+"""The name under which the axis of a block's output stands."""
+
+
+@contextmanager
+def hooked(
+    modules: Sequence[torch.nn.Module],
+    enter: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
+    leave: Callable[[int, Any], Any],
+) -> Iterator[None]:
+    """Call `enter(number, args, kwargs)` before and `leave(number, out)` after each module.
+
+    `enter` may return other arguments, and `leave` another output.
+    """
+    handles = []
+    try:
+        for number, module in enumerate(modules):
+            before = _before(number, enter)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(_after(number, leave)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before(number: int, enter: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _module, args, kwargs: enter(number, args, kwargs)
+
+
+def _after(number: int, leave: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda _module, _args, out: leave(number, out)
+
+
+@contextmanager
+def growing(
+    shared: Sequence[torch.nn.Module],
+    blocks: Sequence[torch.nn.Module],
+    rows: Rows,
+    options: dict[str, Any],
+    axes: Axes,
+) -> Iterator[None]:
+    """Let each block of a network compute just the rows that differ by then.
+
+    Args:
+        shared: modules whose output no perturbation reaches.
+        blocks: the network's blocks, in forward order.
+        rows: which rows join where.
+        options: the host's options of the call, which tell others the conds of the rows.
+        axes: where the rows are not a tensor's first axis: name of the block's argument -> axis.
+    """
+    before = [*shared, *(block for n, block in enumerate(blocks) if rows.present(n) < rows.total)]
+    plain = {"cond_or_uncond": options["cond_or_uncond"], "uuids": options["uuids"]}
+    told: list[dict[str, Any]] = []
+
+    def tell(block: int | None) -> None:
+        for seen in told:
+            seen["cond_or_uncond"] = rows.labels(block, plain["cond_or_uncond"])
+            seen["uuids"] = rows.uuids(block, plain["uuids"])
+
+    def enter(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        block = number - len(shared)  # negative before the first: no row has joined
+        told[:] = [options, *(v for v in (*args, *kwargs.values()) if _are_options(v))]
+        tell(block)
+
+        def narrow(name: str, value: Any) -> Any:
+            axis = axes.get(name, 0)
+            if _are_options(value):
+                return value
+            return map_tensors(lambda tensor: rows.narrowed(tensor, block, axis), value)
+
+        names = _names(before[number]) if axes else [""] * len(args)
+        return (
+            tuple(narrow(name, value) for name, value in zip(names, args, strict=False)),
+            {name: narrow(name, value) for name, value in kwargs.items()},
+        )
+
+    def leave(number: int, out: Any) -> Any:
+        tell(None)
+        block, axis = number - len(shared), axes.get(OUTPUT, 0)
+        return map_tensors(lambda tensor: rows.widened(tensor, block, axis), out)
+
+    told[:] = [options]
+    tell(None)
+    with hooked(before, enter, leave):
+        yield
+
+
+def _are_options(value: Any) -> bool:
+    return isinstance(value, dict) and "cond_or_uncond" in value
+
+
+def _names(block: torch.nn.Module) -> list[str]:
+    return list(inspect.signature(block.forward).parameters)

@@ -1,0 +1,1 @@
+"""Diffusion transformers: one row for each family, and one way for all of them."""

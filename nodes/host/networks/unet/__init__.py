@@ -1,0 +1,1 @@
+"""UNets: convolutions with transformers between them."""

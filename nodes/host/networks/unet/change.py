@@ -1,0 +1,191 @@
+"""What happens to the rows of a UNet's self-attention, from its tokens to its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .....seg_core import Target
+from ...calls.site import Part, Site, parts_of
+from ...settings.changes import SeeItself
+from .place import Place
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Neighbouring rows of a block's tokens that are treated alike, and their queries' tokens."""
+
+    part: Part
+    tokens: torch.Tensor
+    is_short: bool
+    """One token stands for all of a row's."""
+
+
+class Change:
+    """The changes of one call, from the tokens of a block to the output of its self-attention.
+
+    The tokens that the queries are made from are smoothed instead of the queries: `to_q` is linear
+    and has no bias, so both are the same. Keys and values, masks, precision, attention overrides
+    and the patches of other nodes stay the host's business, in their own order after this one.
+    Where one query is enough for a row, just one is projected, attends and is projected back; if
+    the batch has other rows too, all their tokens stand in one long row meanwhile.
+    """
+
+    def __init__(
+        self, unet: Any, sites: list[Site], present: Callable[[Target], int], *, short: bool
+    ) -> None:
+        self.place = Place(unet)
+        self._sites = sites
+        self._present = present
+        self._short = short
+        self._lanes: list[Lane] = []
+        self._tokens = torch.empty(0)
+
+    def targets(self, *kinds: type) -> dict[Target, None]:
+        """Return the targets of the changes of some kinds, in the sites' order."""
+        chosen = [s for s in self._sites if isinstance(s.perturbation.change, kinds)]
+        return dict.fromkeys(t for site in chosen for t in site.perturbation.targets)
+
+    def attended(self) -> dict[Target, None]:
+        """Return the targets whose attention must be computed by `attend`."""
+        drawn = self.targets(SeeItself)
+        if not self._short:
+            return drawn
+        short = [s for s in self._sites if getattr(s.perturbation.change, "one_query", False)]
+        targets = [t for site in short for t in site.perturbation.targets]
+        lengths_differ = {
+            t: None for t in targets if len(parts_of(self._sites, self._present(t), 1)) > 1
+        }
+        return drawn | lengths_differ
+
+    def before(
+        self, tokens: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra: Options
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the tokens that the queries of a block are made from."""
+        del extra
+        target = self.place.target
+        self._lanes = []
+        if target is None:
+            return tokens, context, value
+        sites = [s for s in self._sites if target in s.perturbation.targets]
+        present = self._present(target)
+        parts = parts_of(sites, present, tokens.shape[0] // present)
+        self._tokens = tokens
+        self._lanes = [self._lane(part, target, tokens, context) for part in parts]
+        return self._joined([lane.tokens for lane in self._lanes]), context, value
+
+    def _lane(
+        self, part: Part, target: Target, tokens: torch.Tensor, context: torch.Tensor
+    ) -> Lane:
+        own = tokens[part.rows]
+        short = False
+        for site in part.sites:
+            alone = self._short and len(part.sites) == 1
+            change = site.perturbation.change
+            if isinstance(change, SeeItself):
+                short = alone and not change.needs_map
+                own = own[:, :1] if short else own
+                continue
+            grid = self.place.grid(tokens, site.perturbation.label)
+            site.reached.add(target)
+            short = alone and change.one_query
+            smoothed = change.smooth(own, grid, site.matrices, short)
+            if site.look is not None:
+                attn = self.place.unet.transformer(target).attn1
+                shown = own[0], smoothed[0], context[part.rows.start]
+                site.look.at_tokens(target, attn, *shown, grid, change.smooth)
+            own = smoothed
+        return Lane(part, own, short)
+
+    def _joined(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """Return pieces of a batch as one: row by row, or in one long row if lengths differ."""
+        if len(pieces) == 1:
+            return pieces[0]
+        if len({piece.shape[1] for piece in pieces}) > 1:
+            return torch.cat([piece.reshape(1, -1, piece.shape[-1]) for piece in pieces], dim=1)
+        return torch.cat(pieces)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Return the attention of a block whose queries were made by `before`."""
+        lanes = self._lanes
+        if not lanes:
+            return attend(q, k, v)
+        if any(lane.is_short for lane in lanes):
+            outs = self._apart(q, k, v, attend)
+        else:
+            out = attend(q, k, v)
+            outs = [out[lane.part.rows] for lane in lanes]
+        changed = [self._mixed(lane, out, q, v) for lane, out in zip(lanes, outs, strict=True)]
+        self._lanes = [
+            Lane(lane.part, out, lane.is_short) for lane, out in zip(lanes, changed, strict=True)
+        ]
+        return self._joined(changed)
+
+    def _apart(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attend: Attend
+    ) -> list[torch.Tensor]:
+        """Return the outputs lane by lane; neighbours with equally many queries attend together."""
+        sizes = [lane.tokens.shape[:2] for lane in self._lanes]
+        flat = q.reshape(-1, q.shape[-1]).split([rows * length for rows, length in sizes])
+        outs: list[torch.Tensor] = []
+        first = 0
+        while first < len(sizes):
+            last = first + 1
+            while last < len(sizes) and sizes[last][1] == sizes[first][1]:
+                last += 1
+            rows = slice(self._lanes[first].part.rows.start, self._lanes[last - 1].part.rows.stop)
+            query = torch.cat(flat[first:last]) if last - first > 1 else flat[first]
+            query = query.reshape(-1, sizes[first][1], q.shape[-1])
+            needed = [lane for lane in self._lanes[first:last] if not _is_replaced(lane)]
+            out = attend(query, k[rows], v[rows]) if needed else query
+            outs.extend(out.split([size[0] for size in sizes[first:last]]))
+            first = last
+        return outs
+
+    def _mixed(
+        self, lane: Lane, out: torch.Tensor, q: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a lane's output, drawn towards the values where it is to see itself."""
+        for site in lane.part.sites:
+            change = site.perturbation.change
+            if not isinstance(change, SeeItself):
+                continue
+            own = v[lane.part.rows]
+            if not lane.is_short and q.shape[:2] != v.shape[:2]:
+                name = self.place.name
+                raise ValueError(
+                    f"{site.perturbation.label}: block {name} has {q.shape[1]} queries for "
+                    f"{v.shape[1]} values, so no token can see itself. A node such as HyperTile or "
+                    "ToMe tiles or merges them there; leave it out, or choose other blocks."
+                )
+            if self.place.target is not None:
+                site.reached.add(self.place.target)
+            out = change.mixed(out, own) if change.needs_map else own
+        return out
+
+    def after(self, out: torch.Tensor, extra: Options) -> torch.Tensor:
+        """Return the output of a block's self-attention with a token for each place again."""
+        del extra
+        lanes = self._lanes
+        if len({lane.tokens.shape[1] for lane in lanes}) < 2:
+            return out  # one token for each row: the host adds it to all of them
+        sizes = [lane.tokens.shape[:2] for lane in lanes]
+        pieces = out.reshape(-1, out.shape[-1]).split([rows * length for rows, length in sizes])
+        tokens = self._tokens.shape[1]
+        whole = [
+            piece.reshape(rows, length, -1).expand(-1, tokens, -1)
+            for piece, (rows, length) in zip(pieces, sizes, strict=True)
+        ]
+        return torch.cat(whole)
+
+
+def _is_replaced(lane: Lane) -> bool:
+    return lane.is_short and isinstance(lane.part.sites[0].perturbation.change, SeeItself)

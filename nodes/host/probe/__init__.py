@@ -1,0 +1,1 @@
+"""Looking at a run: what a probe keeps, and how it is recorded."""

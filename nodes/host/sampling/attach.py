@@ -1,0 +1,144 @@
+"""What holds guidance to a model: the sampling wrappers of ComfyUI, and a clone that has them."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Hashable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ..calls.call import KEY, with_apply_wrapper
+from ..probe.probe import PROBES, Probe
+from ..probe.recorder import recorder_of
+from ..settings.branch import Branch
+from .guidance import Guidance, branches_of
+from .main_pass import MainPass
+from .passes import apply_model
+from .run import Run
+from .step import Step
+
+log = logging.getLogger(__name__)
+_HOOKS_AFTER_MAIN = {
+    "sampler_pre_cfg_function": "conds_out",
+    "sampler_post_cfg_function": "denoised",
+}
+
+
+def guided(model: Any, branch: Branch, no_effect: str = "") -> Any:
+    """Return a clone of a model that a branch guides, or a plain one where that does nothing.
+
+    Args:
+        model: the model, which stays as it is.
+        branch: the guidance; at scale 0 it does nothing.
+        no_effect: another cause for which it does nothing; a warning names it.
+    """
+    cause = "scale is 0." if branch.scale == 0 else no_effect
+    if cause:
+        log.warning("%s has no effect: %s", branch.perturbation.label, cause)
+        return model.clone()
+    return attach(model, branch)
+
+
+def attach(model: Any, branch: Branch) -> Any:
+    """Return a clone of a model that a branch guides; the model itself stays as it is."""
+    patched = _with_run(model)
+    patched.set_model_sampler_post_cfg_function(Guidance(branch))
+    return patched
+
+
+def watch(model: Any, probe: Probe) -> Any:
+    """Return a clone of a model that fills a probe when it samples."""
+    watched = _with_run(model)
+    options = watched.model_options
+    options[PROBES] = [*options.get(PROBES, ()), probe]
+    return watched
+
+
+def _with_run(model: Any) -> Any:
+    """Return a clone of a model whose sampling calls are runs, guided or not."""
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.PREDICT_NOISE, _predict_noise),
+    ):
+        patched.remove_wrappers_with_key(kind, KEY)  # one for all branches of the model
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrap one sampling call of the host: begin a run, and end it whatever happens."""
+    guider = executor.class_obj
+    options = guider.model_options["transformer_options"]
+    recorder = recorder_of(guider.model_options)
+    run = Run(guider.model_patcher.get_model_object("model_sampling"), recorder)
+    options[KEY] = run
+    try:
+        result = executor(*args, **kwargs)
+        branches = list(dict.fromkeys([*branches_of(guider.model_options), *run.called]))
+        run.report.finish(branches)
+        if recorder is not None:
+            recorder.finish(result, branches, run.report.warnings)
+        return result
+    finally:
+        options.pop(KEY, None)
+
+
+def _predict_noise(
+    executor: Any,
+    x: torch.Tensor,
+    timestep: torch.Tensor,
+    model_options: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Wrap one evaluation of the guided model: outside every window it runs untouched."""
+    model_options = model_options or {}
+    run = model_options.get("transformer_options", {}).get(KEY)
+    if not isinstance(run, Run):
+        return executor(x, timestep, model_options, seed)
+    run.report.count_step()
+    active = run.active(branches_of(model_options), timestep)
+    with run.recorder.step(timestep) if run.recorder is not None else nullcontext():
+        if not active:
+            return executor(x, timestep, model_options, seed)
+        _tell_apart(executor.class_obj)
+        step = Step(run, active, executor.class_obj)
+        try:
+            return executor(x, timestep, _main_options(step, model_options, x), seed)
+        finally:
+            step.close()
+
+
+def _main_options(step: Step, model_options: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
+    """Return the options for the plain predictions, whose calls the perturbed ones join."""
+    step.begin_main_pass(model_options, x)
+    compiled = not any(b.side == "free" or b.watches for b in step.active)
+    options = with_apply_wrapper(model_options, MainPass(step), apply_model, compiled=compiled)
+
+    def ended(result: str, args: dict[str, Any]) -> Any:
+        step.end_main_pass()
+        return args[result]
+
+    # Whatever other guidance nodes evaluate after the main pass must not be mistaken for it.
+    for name, result in _HOOKS_AFTER_MAIN.items():
+        options[name] = [partial(ended, result), *model_options.get(name, ())]
+    return options
+
+
+def _tell_apart(guider: Any) -> None:
+    """Give each cond of a run an identity of its own.
+
+    Where one prompt has an area and the other has none, the host copies a cond of the one to the
+    other side together with its uuid. The dictionaries belong to this run alone.
+    """
+    seen = set[Hashable]()
+    for conds in getattr(guider, "conds", {}).values():
+        for cond in conds or ():
+            if cond["uuid"] in seen:
+                cond["uuid"] = uuid.uuid4()
+            seen.add(cond["uuid"])

@@ -1,0 +1,146 @@
+"""The post-CFG function of ComfyUI that a branch becomes: what it compares, and what it adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import torch
+
+from ....seg_core import apply_guidance
+from ..calls.call import KEY, with_apply_wrapper
+from ..settings.branch import Branch
+from ..settings.perturbation import InputBlur
+from .passes import apply_model
+from .perturbed_pass import PerturbedPass
+from .run import Run
+from .saliency import blurred_start
+from .step import Step
+
+Args = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """Guides each prediction of a model by one branch."""
+
+    branch: Branch
+
+    def __call__(self, args: Args) -> torch.Tensor:
+        """Guide one prediction; outside the window `denoised` itself comes back."""
+        branch, step = self.branch, step_of(args)
+        if branch not in step.run.active([branch], args["sigma"]):
+            return args["denoised"]
+        recorder = step.run.recorder
+        if recorder is not None:
+            recorder.begin(branch, args, step.run.report.counts(branch))
+        compared = _compared(branch, step, args)
+        if compared is None:
+            return args["denoised"]
+        prediction, perturbed = compared
+        guided = apply_guidance(
+            args["denoised"],
+            prediction,
+            perturbed,
+            branch.scale,
+            rescale=branch.rescale,
+            rescale_mode=branch.rescale_mode,
+            cond=args["cond_denoised"],
+            uncond=args["uncond_denoised"] if args["uncond"] is not None else None,
+        )
+        if recorder is not None:
+            recorder.guided(branch, args, guided, step.run.report.counts(branch))
+        return guided
+
+
+def step_of(args: Args) -> Step:
+    """Return the step that a post-CFG call belongs to."""
+    model_options = args["model_options"]
+    held = model_options["transformer_options"].get(KEY)
+    if held is not None and not isinstance(held, Run):
+        return held.step
+    # A guider that runs none of the host's PREDICT_NOISE wrappers, or a node that hides us in a
+    # function of its own: nothing joined the plain calls.
+    run = held or Run(args["model"].model_sampling)
+    return Step(run, run.active(branches_of(model_options), args["sigma"]))
+
+
+def branches_of(model_options: dict[str, Any]) -> list[Branch]:
+    """Return the branches of a model, in the order in which they act."""
+    functions = model_options.get("sampler_post_cfg_function", ())
+    return [function.branch for function in functions if isinstance(function, Guidance)]
+
+
+def _compared(branch: Branch, step: Step, args: Args) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the ordinary and the perturbed prediction that a branch compares."""
+    run = step.run
+    step.asked.add(branch)
+    run.called[branch] = None
+    run.idle.discard(branch)
+    side = _side(branch, run, args)
+    if branch.side == "free":
+        run.report.guided[branch] += 1
+        return args["cond_denoised"], args["uncond_denoised"]
+    conds, prediction = args[side], args[f"{side}_denoised"]
+    run.wanted[branch] = {cond["uuid"] for cond in conds or ()}
+    if conds is None:  # DualCFGGuider at cfg 1 and 1: the report says it had no effect
+        run.report.guided[branch] += 1
+        return None
+    x, reference = args["input"], prediction
+    if isinstance(branch.perturbation, InputBlur):
+        start = blurred_start(branch.perturbation, run, args, conds, prediction)
+        if start is None:
+            return None
+        x, reference = start
+    run.report.guided[branch] += 1
+    perturbed = _perturbed(branch, step, args, side, x)
+    if reference is not prediction:
+        perturbed = prediction + (perturbed - reference)
+    return prediction, perturbed
+
+
+def _side(branch: Branch, run: Run, args: Args) -> str:
+    """Return whose conds a branch perturbs: those of `cond` or of `uncond`."""
+    if branch.side == "conditional" or args["uncond"] is not None:
+        return "cond" if branch.side == "conditional" else "uncond"
+    label = branch.perturbation.label
+    if branch.side == "free":
+        raise ValueError(
+            f"{label}: branch 'free' perturbs the unconditional prediction, and at cfg 1 there "
+            "is none. Raise cfg above 1, or set branch to 'conditional'."
+        )
+    run.report.warn_once(
+        f"{label}: at cfg 1 there is no unconditional prediction, so branch 'unconditional' "
+        "guides the only prediction there is."
+    )
+    return "cond"
+
+
+def _perturbed(branch: Branch, step: Step, args: Args, side: str, x: torch.Tensor) -> torch.Tensor:
+    different = "" if branch.reuse else "reuse is off"
+    if x is not args["input"]:
+        different = "it starts from another latent"
+    perturbed_pass = PerturbedPass(step, branch, different=different)
+    options = with_apply_wrapper(args["model_options"], perturbed_pass, apply_model, compiled=False)
+    # Under the label that the plain pass gave these conds: others go by it.
+    known = (step.labels[c["uuid"]] for c in args[side] if c["uuid"] in step.labels)
+    label = next(known, int(side == "uncond"))
+    sides = [None] * label + [perturbed_pass.conds(args[side])]
+    *_, perturbed = comfy.samplers.calc_cond_batch(
+        args["model"], sides, x, args["sigma"], _in_the_same_step(options)
+    )
+    return perturbed
+
+
+def _in_the_same_step(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options without the node that would begin a step of ComfyUI's EasyCache anew.
+
+    A step that it answered from its cache stays one: either both predictions come from there, or
+    neither does. Their difference would else hold the error of the cache, times the scale.
+    """
+    transformer = options["transformer_options"]
+    wrappers = transformer.get("wrappers", {})
+    others = {k: fns for k, fns in wrappers.get("calc_cond_batch", {}).items() if k != "easycache"}
+    wrappers = {**wrappers, "calc_cond_batch": others}
+    return {**options, "transformer_options": {**transformer, "wrappers": wrappers}}

@@ -1,0 +1,221 @@
+"""The plain predictions of a step: calls of the model that the perturbed ones join."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..calls.blocks import growing
+from ..calls.call import Call
+from ..calls.network_call import NetworkCall, handled
+from ..calls.rows import Join, Rows
+from ..calls.site import Site
+from ..calls.trees import joined, map_tensors
+from ..networks.view import View
+from ..settings.branch import Branch
+from .aside import REGROUPED, KeptControl, Prediction
+from .run import Run
+from .saliency import watch
+from .step import Step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conds of a call that run together, and the rows that join them."""
+
+    call: Call
+    joins: list[Join]
+
+
+class MainPass:
+    """The ordinary predictions of one step."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def apply(self, call: Call) -> torch.Tensor:
+        """Run one model call of the main pass."""
+        step = self.step
+        if not step.in_main_pass:
+            return call.run()
+        step.labels.update(zip(call.uuids, call.options["cond_or_uncond"], strict=True))
+        batches = self._batches(call) if step.is_open else []
+        if step.is_open:
+            self._keep_control(call, batches)
+        if not (batches or any(b.side == "free" or b.watches for b in step.active)):
+            return call.run()
+        with handled(call, partial(self._run, call, batches)):
+            out = call.run()
+        for batch in batches:
+            for join in batch.joins:
+                why = "another node answered for the model in the main pass"
+                self._say_why(batch.call, [(join.owner, join.chunk)], why)
+        return out
+
+    def _key(self, call: Call, join: Join) -> tuple[Branch, Hashable, Hashable]:
+        return join.owner, call.uuids[join.chunk], call.place
+
+    def _batches(self, call: Call) -> list[Batch]:
+        """Return a call in as few batches as fit into memory with the rows that join them."""
+        step = self.step
+        wanted = {
+            chunk: branches
+            for chunk, uuid in enumerate(call.uuids)
+            if (
+                branches := [
+                    branch
+                    for branch in step.active
+                    if branch.joins and branch not in step.run.idle and uuid in step.wanted(branch)
+                ]
+            )
+        }
+        if not wanted:
+            return []
+        each = [(branch, chunk) for chunk, branches in wanted.items() for branch in branches]
+        obstacle = _obstacle(step.run, call)
+        if obstacle:
+            self._say_why(call, each, obstacle)
+            return []
+        self._say_why(call, [one for one in each if one[0] in step.run.regrouped], REGROUPED)
+        wanted = {
+            chunk: [branch for branch in branches if branch not in step.run.regrouped]
+            for chunk, branches in wanted.items()
+        }
+        batches: list[Batch] = []
+        room = _room(call)
+        left = range(len(call.uuids))
+        while left:
+            sizes = [1 + len(wanted.get(chunk, ())) for chunk in left]
+            count = next((n for n in range(len(left), 1, -1) if sum(sizes[:n]) <= room), 1)
+            chunks, left = left[:count], left[count:]
+            here = [(b, n) for n, chunk in enumerate(chunks) for b in wanted.get(chunk, ())]
+            part = call.part(chunks)
+            if sizes[0] > room:  # of the first cond alone
+                self._say_why(part, here, "memory is short")
+                here = []
+            batches.append(Batch(part, self._joins(part, here)))
+        return batches if any(batch.joins for batch in batches) else []
+
+    def _say_why(self, call: Call, those: list[tuple[Branch, int]], why: str) -> None:
+        for branch, chunk in those:
+            key = (branch, call.uuids[chunk], call.place)
+            if key not in self.step.aside.predictions:
+                self.step.aside.reasons.setdefault(key, why)
+
+    def _joins(self, call: Call, those: list[tuple[Branch, int]]) -> list[Join]:
+        if not those:
+            return []
+        view = self.step.run.view(call.model.diffusion_model)
+        by_branch = sorted(those, key=lambda one: self.step.active.index(one[0]))
+        return [self._join(call, view, branch, chunk) for branch, chunk in by_branch]
+
+    def _join(self, call: Call, view: View, branch: Branch, chunk: int) -> Join:
+        targets = [branch.perturbation.targets[0]]
+        # Rows that another branch perturbs in place differ from the plain ones from there on.
+        targets += [b.perturbation.targets[0] for b in self._free_on(call.uuids[chunk])]
+        fork = min(view.fork(target) for target in targets)
+        uuid = self.step.run.private_uuid(branch, call.uuids[chunk])
+        return Join(branch, chunk, call.rows(chunk), fork, uuid)
+
+    def _free_on(self, uuid: Hashable) -> list[Branch]:
+        free = [b for b in self.step.active if b.side == "free"]
+        return [b for b in free if uuid in self.step.likely(b)]
+
+    def _keep_control(self, call: Call, batches: list[Batch]) -> None:
+        """Keep what ControlNets gave for conds of which a whole pass will be made."""
+        joined = {(j.owner, b.call.uuids[j.chunk]) for b in batches for j in b.joins}
+        wanted = {(b, u) for b in self.step.active if b.joins for u in self.step.wanted(b)}
+        if call.control is not None and not wanted.isdisjoint(
+            {(b, u) for b in self.step.active for u in call.uuids} - joined
+        ):
+            lists = {part: list(residuals) for part, residuals in call.control.items()}
+            # As they are now: older hosts let the network write into the options.
+            as_now = replace(call, options=dict(call.options))
+            self.step.aside.controls.append(KeptControl(lists, as_now))
+
+    def _run(self, call: Call, batches: list[Batch], inner: NetworkCall) -> Any:
+        """Run the network, in one batch or several."""
+        if inner.rows != len(call.x):  # another node parts or repeats the rows inside of the call
+            return self._run_batch(call, [], inner)
+        if len(batches) < 2:
+            return self._run_batch(call, batches[0].joins if batches else [], inner)
+        outs = []
+        first = 0
+        for batch in batches:
+            rows = slice(first, first + len(batch.call.x))
+            labels = {n: batch.call.options[n] for n in ("uuids", "cond_or_uncond")}
+            own = inner.part(rows).replaced(transformer_options={**inner.options, **labels})
+            outs.append(self._run_batch(batch.call, batch.joins, own))
+            first = rows.stop
+        return joined(outs)
+
+    def _run_batch(self, call: Call, joins: list[Join], inner: NetworkCall) -> Any:
+        """Run the network with the rows that join it, and put those aside."""
+        view = self.step.run.view(inner.network)
+        rows = Rows(inner.rows, joins)
+        sites = self._sites(call, rows)
+        options = dict(inner.options)
+        with ExitStack() as stack:
+            for branch in self.step.active:
+                if branch.watches:
+                    options = stack.enter_context(
+                        watch(branch, self.step.run, view, call, options, self.step.samples)
+                    )
+            if sites:
+                changed = view.changed(
+                    call, options, list(sites.values()), lambda t: rows.present(view.fork(t))
+                )
+                options = dict(stack.enter_context(changed))
+            if joins:
+                inner_wide = inner.mapped(rows.widened)
+                stack.enter_context(growing(view.shared, view.blocks, rows, options, view.axes))
+            else:
+                inner_wide = inner
+            out = inner_wide.replaced(transformer_options=options).run()
+        for branch, site in sites.items():
+            self.step.run.report.reached(branch, site)
+        return self._put_aside(call, inner, rows, out) if joins else out
+
+    def _sites(self, call: Call, rows: Rows) -> dict[Branch, Site]:
+        run = self.step.run
+        where: dict[Branch, list[slice]] = {}
+        for branch in self.step.active:
+            if branch.side == "free":
+                likely = self.step.likely(branch)
+                own = [call.rows(i) for i, uuid in enumerate(call.uuids) if uuid in likely]
+                where[branch] = own if rows.plain == len(call.x) else []
+            else:
+                where[branch] = [rows.of(join) for join in rows.joins if join.owner is branch]
+        return {branch: run.site(branch, own) for branch, own in where.items() if own}
+
+    def _put_aside(self, call: Call, inner: NetworkCall, rows: Rows, out: Any) -> Any:
+        report = self.step.run.report
+        for join in rows.joins:
+            if not report.was_reached(join.owner):
+                self.step.aside.reasons[self._key(call, join)] = "its blocks were not reached"
+                continue
+            own = rows.of(join)
+            part = map_tensors(lambda t, own=own: t[own], out)
+            self.step.aside.put(self._key(call, join), Prediction(part, inner, join.source))
+        return map_tensors(lambda t: t[: rows.plain], out)
+
+
+def _obstacle(run: Run, call: Call) -> str:
+    if call.is_compiled:
+        return "the model is compiled"
+    return run.view(call.model.diffusion_model).obstacle(call)
+
+
+def _room(call: Call) -> int:
+    """Return how many conds of a call's size fit into memory at once, as the host estimates it."""
+    patcher = getattr(call.model, "current_patcher", None)
+    free_memory = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    free = free_memory(call.x.device)
+    each = call.model.memory_required([call.chunk_rows, *call.x.shape[1:]])
+    return int(free // each) if each > 0 else len(call.x)

@@ -1,0 +1,1 @@
+"""What a person asked for, as values: nothing here acts, and nothing here knows ComfyUI."""

@@ -1,0 +1,86 @@
+"""What makes a prediction worse: a change of attention in chosen blocks, or of the input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ....seg_core import Block, Target, describe_targets
+from .changes import Change, Smooth, SmoothQueries
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Chosen self-attention layers, and all that the network has, to name them by."""
+
+    catalogue: tuple[Block, ...]
+    targets: tuple[Target, ...]
+
+    def name(self, targets: Iterable[Target]) -> str:
+        """Return some of the network's layers in the selector language."""
+        return describe_targets(targets, self.catalogue)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPerturbation:
+    """A change to the self-attention of chosen blocks."""
+
+    label: str
+    selection: Selection
+    change: Change
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Return the layers that are changed, in forward order."""
+        return self.selection.targets
+
+    @property
+    def where(self) -> str:
+        """Return what it acts on, for the log."""
+        return self.name(self.targets)
+
+    @property
+    def smooth(self) -> Smooth | None:
+        """Return the smoothing of queries; None if it does something else."""
+        return self.change.smooth if isinstance(self.change, SmoothQueries) else None
+
+    def name(self, targets: Iterable[Target]) -> str:
+        """Return some of its blocks in the selector language."""
+        return self.selection.name(targets)
+
+
+@dataclass(frozen=True, eq=False)
+class InputBlur:
+    """The input is blurred where the attention of chosen blocks gathers, or everywhere.
+
+    Attributes:
+        label: whose guidance this is, in messages.
+        watched: the blocks whose attention says where; None for everywhere.
+        sigma: width of the blur of the predicted image, in latent cells.
+        kernel: ``"reference"`` or ``"full"``.
+        threshold: how much attention a place must draw, in shares of the average.
+    """
+
+    label: str
+    watched: Selection | None
+    sigma: float
+    kernel: str
+    threshold: float
+
+    targets: tuple[Target, ...] = ()
+    smooth: Smooth | None = None
+
+    @property
+    def where(self) -> str:
+        """Return what it acts on, for the log."""
+        if self.watched is None:
+            return "everywhere"
+        return f"where {self.watched.name(self.watched.targets)} looks"
+
+    def name(self, targets: Iterable[Target]) -> str:
+        """Return nothing: no block is changed."""
+        del targets
+        return ""
+
+
+Perturbation = BlockPerturbation | InputBlur

@@ -1,0 +1,1 @@
+"""What the host shows and does for nodes that sample by themselves."""
