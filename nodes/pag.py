@@ -86,7 +86,7 @@ class SEGuidancePAG(io.ComfyNode):
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, got {strength}")
         guidance = Branch(
-            network_of(model).identity(LABEL, blocks, strength),
+            network_of(model, LABEL).identity(LABEL, blocks, strength),
             scale=scale,
             window=Window(start_percent, end_percent),
             side=branch,

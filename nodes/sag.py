@@ -57,7 +57,7 @@ class SEGuidanceSAG(io.ComfyNode):
         require_kernel(blur_sigma, kernel)
         if mask not in ("attention", "everywhere"):
             raise ValueError(f"mask must be attention or everywhere, got {mask!r}")
-        watched = network_of(model).watching(LABEL, blocks) if mask == "attention" else None
+        watched = network_of(model, LABEL).watching(LABEL, blocks) if mask == "attention" else None
         guidance = Branch(
             InputBlur(LABEL, watched, blur_sigma, kernel, threshold),
             scale=scale,

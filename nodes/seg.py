@@ -111,7 +111,7 @@ class SEGuidance(io.ComfyNode):
     ) -> io.NodeOutput:
         """Return a guided clone of the model; without effect, a plain clone and a warning."""
         blur = QueryBlur(math.inf if infinite_blur else blur_sigma, kernel)
-        network = network_of(model)
+        network = network_of(model, LABEL)
         guidance = Branch(
             network.smoothing(LABEL, blocks, blur),
             scale=scale,

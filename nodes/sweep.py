@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..seg_core import Window
 from . import inputs
-from .host import Branch, attach, network_of
+from .host import Branch, attach, branches_of, network_of
 from .host.show.progress import Bar, tell_node
 from .host.show.render import SAMPLERS, SCHEDULERS, Sampling, decode
 from .pictures import labelled_grid, to_image, to_pixels
@@ -43,7 +43,7 @@ class Setting:
         """Return a model that is guided so; the model itself where nothing guides it."""
         if self.is_off:
             return model
-        smoothing = network_of(model).smoothing(LABEL, self.blocks, self.blur)
+        smoothing = network_of(model, LABEL).smoothing(LABEL, self.blocks, self.blur)
         return attach(model, Branch(smoothing, scale=self.scale, window=Window(0.0, 1.0)))
 
     @property
@@ -106,6 +106,12 @@ class SEGuidanceSweep(io.ComfyNode):
         sampling = Sampling(
             positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise
         )
+        already = [branch.perturbation.label for branch in branches_of(model.model_options)]
+        if already:
+            raise ValueError(
+                f"SEG Compare guides the model by itself, and this one is guided already by "
+                f"{', '.join(already)}. Connect the model as it is before that node."
+            )
         # Before the first image is made, so that a wrong entry costs no time.
         wanted = list(dict.fromkeys(_key(setting) for row in rows for setting in row))
         models = {key: key.guided(model) for key in wanted}

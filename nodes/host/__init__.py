@@ -14,6 +14,7 @@ from .networks import network_of as network_of
 from .sampling.attach import attach as attach
 from .sampling.attach import guided as guided
 from .sampling.attach import watch as watch
+from .sampling.guidance import branches_of as branches_of
 from .settings.branch import Branch as Branch
 from .settings.branch import RescaleMode as RescaleMode
 from .settings.branch import Side as Side

@@ -116,7 +116,12 @@ def dense_seg(
         (smoothed,) = comfy.samplers.calc_cond_batch(
             args["model"], [conds], args["input"], args["sigma"], options
         )
-        result = args["denoised"] + scale * (args[side + "_denoised"] - smoothed)
+        evaluated = args[side + "_denoised"]
+        if args["model_options"].get("sampler_pre_cfg_function"):  # altered since
+            (evaluated,) = comfy.samplers.calc_cond_batch(
+                args["model"], [conds], args["input"], args["sigma"], args["model_options"]
+            )
+        result = args["denoised"] + scale * (evaluated - smoothed)
         guided.pushes.append(deviation(result, args["denoised"]))
         return result
 

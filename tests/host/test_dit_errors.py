@@ -53,7 +53,7 @@ def test_an_unknown_network_is_an_error_that_says_how_to_report_it():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_class_and_the_blocks_of_every_row_exist(kind):
     model = tiny_dit(kind)
-    network = part("networks").network_of(model)
+    network = part("networks").network_of(model, "SEG")
     assert len(network.catalogue) == len(block_modules(model, kind))
     assert network.targets("auto")
     assert network.targets(network.describe(network.targets("auto"))) == network.targets("auto")

@@ -402,7 +402,7 @@ def test_a_transformer_s_quantities_equal_dense_ones():
     calls = dit_attention(kind, model, shape)
     watched, probe = probed(seg(model, 1.0, math.inf))
     record, _ = probe.record(sample_dit(watched, kind, shape, steps=1, cfg=1.0))
-    network = importlib.import_module(PACK + ".nodes.host").network_of(model)
+    network = importlib.import_module(PACK + ".nodes.host").network_of(model, "SEG")
     first = network.targets("auto")[0]
     block = record.steps[0].branches[0].blocks[network.describe([first])]
     chosen = importlib.import_module(PACK + ".nodes.host.probe.look")._heads

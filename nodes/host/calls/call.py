@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .compiled import is_compiled
+
 # The one key under which this pack keeps its objects in ComfyUI's dictionaries.
 KEY = "smoothed_energy_guidance"
 COMPILE_KEY = "torch.compile"
@@ -25,6 +27,8 @@ class Call:
     control: dict[str, list[torch.Tensor | None]] | None
     options: dict[str, Any]
     extra: dict[str, Any]
+    again: bool = False
+    """A cond of it was evaluated before in the same step."""
 
     def run(self) -> torch.Tensor:
         """Run the model."""
@@ -74,7 +78,8 @@ class Call:
     @property
     def is_compiled(self) -> bool:
         """Tell whether torch has compiled the network: graphs ignore hooks made for one call."""
-        return COMPILE_KEY in self.options.get("wrappers", {}).get("apply_model", {})
+        by_node = COMPILE_KEY in self.options.get("wrappers", {}).get("apply_model", {})
+        return by_node or is_compiled(self.model.diffusion_model)
 
 
 def place_of(options: dict[str, Any]) -> Hashable:

@@ -11,6 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .call import KEY, Call
+from .compiled import eager
 from .trees import map_tensors
 
 Handler = Callable[["NetworkCall"], Any]
@@ -74,17 +75,21 @@ def handled(call: Call, handle: Handler) -> Iterator[None]:
     Most networks of the host run its wrappers around their forward, and ours is then the innermost.
     Those that run none are given another `forward` for the length of the call.
     """
-    network = call.model.diffusion_model
+    network = eager(call.model.diffusion_model)
     if _runs_wrappers(network):
-        wrappers = dict(call.options.get("wrappers", {}))
+        before = call.options
+        wrappers = dict(before.get("wrappers", {}))
         others = {k: fns for k, fns in wrappers.get(_INNERMOST, {}).items() if k != KEY}
 
         def innermost(executor: Any, *args: Any, **kwargs: Any) -> Any:
             return handle(NetworkCall(network, executor, list(args), kwargs))
 
         wrappers[_INNERMOST] = {**others, KEY: [innermost]}
-        call.options = {**call.options, "wrappers": wrappers}
-        yield
+        call.options = {**before, "wrappers": wrappers}
+        try:
+            yield
+        finally:
+            call.options = before  # or the call would hold itself, through what handles it
         return
     own = network.__dict__.get("forward")
     forward = network.forward

@@ -108,11 +108,13 @@ class Aside:
             return "the latent has another shape or device"
         if proved and len(known) == 1:
             return fitting[0]
-        same = next((one for one in fitting if one.is_for(other, rows)), None)
-        if same is None:
+        same = [one for one in fitting if one.is_for(other, rows)]
+        if not same:
             self.regrouped.add(key[0])
             return REGROUPED
-        return same
+        if len(same) > 1:
+            same = [one for one in same if same_options(one.inputs.options, other.options)]
+        return same[0] if same else "another node evaluated the cond in several ways"
 
     def clear(self) -> None:
         """Let go of every tensor."""

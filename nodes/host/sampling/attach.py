@@ -108,10 +108,13 @@ def _predict_noise(
             return executor(x, timestep, model_options, seed)
         _tell_apart(executor.class_obj)
         step = Step(run, active, executor.class_obj)
+        ours = _main_options(step, model_options, x)
         try:
-            return executor(x, timestep, _main_options(step, model_options, x), seed)
+            return executor(x, timestep, ours, seed)
         finally:
             step.close()
+            _hand_back(ours, model_options, set(_HOOKS_AFTER_MAIN))
+            _hand_back(ours["transformer_options"], model_options["transformer_options"], set())
 
 
 def _main_options(step: Step, model_options: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
@@ -121,13 +124,22 @@ def _main_options(step: Step, model_options: dict[str, Any], x: torch.Tensor) ->
     options = with_apply_wrapper(model_options, MainPass(step), apply_model, compiled=compiled)
 
     def ended(result: str, args: dict[str, Any]) -> Any:
-        step.end_main_pass()
+        step.end_main_pass(args)
         return args[result]
 
     # Whatever other guidance nodes evaluate after the main pass must not be mistaken for it.
     for name, result in _HOOKS_AFTER_MAIN.items():
         options[name] = [partial(ended, result), *model_options.get(name, ())]
     return options
+
+
+def _hand_back(ours: dict[str, Any], theirs: dict[str, Any], hooks: set[str]) -> None:
+    """Keep what other nodes wrote into the options of a step, and nothing of ours."""
+    for key in (set(ours) | set(theirs)) - hooks - {"transformer_options", "wrappers", KEY}:
+        if key not in ours:
+            del theirs[key]
+        elif key not in theirs or theirs[key] is not ours[key]:
+            theirs[key] = ours[key]
 
 
 def _tell_apart(guider: Any) -> None:

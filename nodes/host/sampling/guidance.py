@@ -63,6 +63,7 @@ def step_of(args: Args) -> Step:
     # A guider that runs none of the host's PREDICT_NOISE wrappers, or a node that hides us in a
     # function of its own: nothing joined the plain calls.
     run = held or Run(args["model"].model_sampling)
+    model_options["transformer_options"][KEY] = run  # the host's copy for this sampling call
     return Step(run, run.active(branches_of(model_options), args["sigma"]))
 
 
@@ -79,32 +80,69 @@ def _compared(branch: Branch, step: Step, args: Args) -> tuple[torch.Tensor, tor
     run.called[branch] = None
     run.idle.discard(branch)
     side = _side(branch, run, args)
-    if branch.side == "free":
-        run.report.guided[branch] += 1
-        return args["cond_denoised"], args["uncond_denoised"]
-    conds, prediction = args[side], args[f"{side}_denoised"]
-    run.wanted[branch] = {cond["uuid"] for cond in conds or ()}
-    if conds is None:  # DualCFGGuider at cfg 1 and 1: the report says it had no effect
+    if side is None or _misses_main_pass(branch, step):
+        return None
+    run.wanted[branch] = {cond["uuid"] for cond in args[side] or ()}
+    if args[side] is None:  # as DualCFGGuider at cfg 1 and 1; the report says it had no effect
         run.report.guided[branch] += 1
         return None
+    prediction = step.prediction(args, side)
+    compared = step.prediction(args, "cond") if branch.side == "free" else prediction
+    if prediction is None or compared is None or not torch.is_tensor(args["denoised"]):
+        run.report.warn_once(
+            f"{branch.perturbation.label}: the sampler made no {side} prediction in a step, so "
+            "there is nothing to compare. It pauses there."
+        )
+        return None
+    if branch.side == "free":
+        run.report.guided[branch] += 1
+        return compared, prediction
+    return _with_perturbed(branch, step, args, side, prediction)
+
+
+def _with_perturbed(
+    branch: Branch, step: Step, args: Args, side: str, prediction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return a prediction, and the one that is made with the perturbation at work."""
     x, reference = args["input"], prediction
     if isinstance(branch.perturbation, InputBlur):
-        start = blurred_start(branch.perturbation, run, args, conds, prediction)
+        start = blurred_start(branch.perturbation, step.run, args, args[side], prediction)
         if start is None:
             return None
         x, reference = start
-    run.report.guided[branch] += 1
+    step.run.report.guided[branch] += 1
     perturbed = _perturbed(branch, step, args, side, x)
+    if step.run.report.reached_nothing(branch):
+        step.run.dead.add(branch)
+        return None
     if reference is not prediction:
         perturbed = prediction + (perturbed - reference)
     return prediction, perturbed
 
 
-def _side(branch: Branch, run: Run, args: Args) -> str:
-    """Return whose conds a branch perturbs: those of `cond` or of `uncond`."""
+def _misses_main_pass(branch: Branch, step: Step) -> bool:
+    """Tell whether a branch acts in the plain predictions, and another node keeps it out."""
+    if step.has_main_pass or not (branch.side == "free" or branch.watches):
+        return False
+    step.run.report.warn_once(
+        f"{branch.perturbation.label} has no effect: it acts while the plain predictions are made, "
+        "and another node has taken this pack's sampling wrappers off the model. Put that node "
+        "before this one."
+    )
+    return True
+
+
+def _side(branch: Branch, run: Run, args: Args) -> str | None:
+    """Return whose conds a branch perturbs, `cond` or `uncond`; None if it has to pause."""
     if branch.side == "conditional" or args["uncond"] is not None:
         return "cond" if branch.side == "conditional" else "uncond"
     label = branch.perturbation.label
+    if branch.side == "free" and run.report.guided[branch]:
+        run.report.warn_once(
+            f"{label}: cfg has fallen to 1, where there is no unconditional prediction. Branch "
+            "'free' pauses there."
+        )
+        return None
     if branch.side == "free":
         raise ValueError(
             f"{label}: branch 'free' perturbs the unconditional prediction, and at cfg 1 there "
@@ -121,16 +159,24 @@ def _perturbed(branch: Branch, step: Step, args: Args, side: str, x: torch.Tenso
     different = "" if branch.reuse else "reuse is off"
     if x is not args["input"]:
         different = "it starts from another latent"
+    elif step.has_main_pass and x is not step.input:
+        different = different or "another node evaluates the model twice in a step"
     perturbed_pass = PerturbedPass(step, branch, different=different)
     options = with_apply_wrapper(args["model_options"], perturbed_pass, apply_model, compiled=False)
     # Under the label that the plain pass gave these conds: others go by it.
     known = (step.labels[c["uuid"]] for c in args[side] if c["uuid"] in step.labels)
     label = next(known, int(side == "uncond"))
-    sides = [None] * label + [perturbed_pass.conds(args[side])]
-    *_, perturbed = comfy.samplers.calc_cond_batch(
-        args["model"], sides, x, args["sigma"], _in_the_same_step(options)
-    )
-    return perturbed
+    sides: list[Any] = [None] * max(2, label + 1)
+    sides[label] = perturbed_pass.conds(args[side])
+    options = _in_the_same_step(options)
+    evaluate = options.get("sampler_calc_cond_batch_function")
+    if evaluate is None:
+        return comfy.samplers.calc_cond_batch(args["model"], sides, x, args["sigma"], options)[
+            label
+        ]
+    # Another node evaluates the conds in its own way: these too.
+    own = {"conds": sides, "input": x, "sigma": args["sigma"], "model": args["model"]}
+    return evaluate({**own, "model_options": options})[label]
 
 
 def _in_the_same_step(options: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from ..calls.blocks import growing
 from ..calls.call import Call
+from ..calls.compiled import eagerly
 from ..calls.network_call import NetworkCall, handled
 from ..calls.rows import Join, Rows
 from ..calls.site import Site
@@ -44,13 +45,17 @@ class MainPass:
         step = self.step
         if not step.in_main_pass:
             return call.run()
+        call.again = any(uuid in step.labels for uuid in call.uuids)
         step.labels.update(zip(call.uuids, call.options["cond_or_uncond"], strict=True))
         batches = self._batches(call) if step.is_open else []
         if step.is_open:
             self._keep_control(call, batches)
         if not (batches or any(b.side == "free" or b.watches for b in step.active)):
             return call.run()
-        with handled(call, partial(self._run, call, batches)):
+        with (
+            eagerly() if call.is_compiled else nullcontext(),
+            handled(call, partial(self._run, call, batches)),
+        ):
             out = call.run()
         for batch in batches:
             for join in batch.joins:
@@ -165,7 +170,7 @@ class MainPass:
             for branch in self.step.active:
                 if branch.watches:
                     options = stack.enter_context(
-                        watch(branch, self.step.run, view, call, options, self.step.samples)
+                        watch(branch, self.step.run, view, call, options, self.step.shape)
                     )
             if sites:
                 changed = view.changed(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..calls.call import Call
+from ..calls.compiled import eagerly
 from ..calls.control import ControlStandIn
 from ..calls.network_call import NetworkCall, handled
 from ..calls.trees import joined, map_tensors
@@ -44,7 +46,10 @@ class PerturbedPass:
         """Run one model call of the perturbed pass."""
         report = self.step.run.report
         before = report.counts(self.branch)
-        with handled(call, partial(self._run, call)):
+        with (
+            eagerly() if call.is_compiled else nullcontext(),
+            handled(call, partial(self._run, call)),
+        ):
             out = call.run()
         if report.counts(self.branch) == before:
             report.cached[self.branch] += 1

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+_last_said: tuple[Any, set[str]] = (None, set())
+
+
+def _is_repeated(line: str) -> bool:
+    """Tell whether a line was said for the same prompt of the queue: tiled samplers run often."""
+    global _last_said
+    running = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    prompt = getattr(running, "last_prompt_id", None)
+    if prompt is None:
+        return False
+    if _last_said[0] != prompt:
+        _last_said = (prompt, set())
+    repeated = line in _last_said[1]
+    _last_said[1].add(line)
+    return repeated
 
 
 class Report:
@@ -52,6 +70,20 @@ class Report:
         """Tell whether any block of a branch was changed so far."""
         return any(owner is branch for owner, _ in self.hits)
 
+    def reached_nothing(self, branch: Any) -> bool:
+        """Tell, and warn of it at once, whether no block of a branch can be reached in this run."""
+        targets = branch.perturbation.targets
+        if not targets or branch.side == "free" or self.was_reached(branch):
+            return False
+        if not (self.calls[branch] or self.cached[branch]):
+            return False  # no cond was active in the steps so far
+        self.warn_once(
+            f"{branch.perturbation.label} has no effect in this run: block "
+            f"{branch.perturbation.name(targets)} was never reached. Another node answers for the "
+            "model, runs it in its own way, or replaces these blocks."
+        )
+        return True
+
     def counts(self, branch: Any) -> tuple[int, Counter[str]]:
         """Return a branch's predictions so far: in plain calls, and in whole passes by reason."""
         whole = {reason: n for (owner, reason), n in self.full.items() if owner is branch}
@@ -68,7 +100,7 @@ class Report:
         self.milliseconds = 1000 * (time.perf_counter() - self._began) / max(self.steps, 1)
         for branch in branches:
             self._warn(branch)
-            if self.guided[branch]:
+            if self.guided[branch] and not _is_repeated(self.line(branch).rpartition(", ")[0]):
                 log.info(self.line(branch))
 
     def line(self, branch: Any) -> str:
@@ -83,12 +115,6 @@ class Report:
             + f", {self.milliseconds:.0f} ms per evaluation"
         )
 
-    def _used(self, branch: Any) -> int:
-        if branch.side == "free":
-            return self.calls[branch]
-        shared, whole = self.counts(branch)
-        return shared + sum(whole.values()) + self.cached[branch]
-
     def _warn(self, branch: Any) -> None:
         label = branch.perturbation.label
         if self.steps and not self.guided[branch]:
@@ -97,17 +123,21 @@ class Report:
                 f"{label} had no effect: its window {percent[0]:g} to {percent[1]:g} of sampling "
                 f"covers none of the {self.steps} model evaluations of this run."
             )
-        if not self._used(branch):
-            if self.guided[branch] and branch.side != "free":
-                self.warn_once(
-                    f"{label} had no effect: its perturbed pass never reached the model. Either "
-                    "no conditioning is active there, or another node answers in its place."
-                )
-            return
-        missed = [t for t in branch.perturbation.targets if not self.hits[branch, t]]
-        if missed:
+        shared, whole = self.counts(branch)
+        used = shared + sum(whole.values()) + self.cached[branch]
+        if self.guided[branch] and not used and branch.side != "free":
             self.warn_once(
-                f"{label}: block {branch.perturbation.name(missed)} was never reached, so it adds "
-                "nothing to the guidance. Another node runs the model in its own way, or replaces "
-                "these blocks."
+                f"{label} had no effect: its perturbed pass never reached the model. Either "
+                "no conditioning is active there, or another node answers in its place."
             )
+        elif branch.perturbation.targets and self.calls[branch]:
+            hits = {target: self.hits[branch, target] for target in branch.perturbation.targets}
+            missed = [target for target, times in hits.items() if times < self.calls[branch]]
+            if missed and self.was_reached(branch):
+                few = min(hits.values())
+                often = "never" if few == 0 else f"in {self.calls[branch] - few} calls not"
+                self.warn_once(
+                    f"{label}: block {branch.perturbation.name(missed)} was {often} reached, so it "
+                    "adds nothing to the guidance there. Another node runs the model in its own "
+                    "way, or replaces these blocks."
+                )

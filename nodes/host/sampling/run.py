@@ -35,6 +35,8 @@ class Run:
         """Branches whose rows were computed, and which then did not ask for them."""
         self.regrouped: set[Branch] = set()
         """Branches whose rows would be others' in this run, since another node regroups them."""
+        self.dead: set[Branch] = set()
+        """Branches whose perturbation reaches nothing in this run."""
         self.masses: dict[Hashable, dict[Any, Any]] = {}
         self._views: list[tuple[Any, View]] = []
         self._timestep: tuple[Any, float] = (None, 0.0)
@@ -80,7 +82,7 @@ class Run:
 
     def active(self, branches: Iterable[Branch], timestep: torch.Tensor) -> tuple[Branch, ...]:
         """Return the branches whose window holds this noise level."""
-        known = dict.fromkeys([*branches, *self.called])
+        known = [b for b in dict.fromkeys([*branches, *self.called]) if b not in self.dead]
         if all(branch.window.covers_everything for branch in known):
             return tuple(known)
         noise_sigma = self._noise_sigma(timestep)

@@ -30,7 +30,7 @@ class Mass:
 
 
 def watch(
-    branch: Branch, run: Run, view: View, call: Call, options: Options, samples: int
+    branch: Branch, run: Run, view: View, call: Call, options: Options, shape: torch.Size
 ) -> AbstractContextManager[Options]:
     """Measure the attention of the conds of one call of the main pass."""
     blur = branch.perturbation
@@ -38,10 +38,11 @@ def watch(
     assert blur.watched is not None
     wanted = run.wanted.get(branch)
     chunks = [i for i, uuid in enumerate(call.uuids) if wanted is None or uuid in wanted]
-    if chunks and (call.place is not None or call.chunk_rows != samples):
+    in_pieces = call.chunk_rows != shape[0] or (call.again and call.x.shape[2:] != shape[2:])
+    if chunks and (call.place is not None or in_pieces):
         raise ValueError(
-            f"{blur.label}: the mask from attention does not work with context windows. "
-            "Set mask to 'everywhere'."
+            f"{blur.label}: the mask from attention does not work where another node cuts the "
+            "latent in tiles or context windows. Set mask to 'everywhere'."
         )
 
     def keep(target: Target, q: torch.Tensor, k: torch.Tensor, heads: int, grid: TokenGrid) -> None:

@@ -20,9 +20,12 @@ class Step:
         run: the sampling call.
         active: the branches whose window holds its noise level.
         aside: what its plain calls put aside.
+        evaluated: the plain predictions before other nodes altered them, by the conds' identities.
+        input: the latent that its plain predictions were made of.
         labels: which side the plain pass took each cond for.
         asked: the branches that asked for their prediction.
-        samples: images in the latent.
+        shape: of the latent.
+        has_main_pass: its plain predictions were made under its eyes.
         in_main_pass: calls of the model are those of the plain predictions.
         is_open: rows may join them.
         is_proved: chunks of rows are the conds' own, in the host's order.
@@ -33,24 +36,46 @@ class Step:
         self.active = active
         self.aside = Aside()
         self.labels: dict[Hashable, int] = {}
+        self.evaluated: dict[tuple[Hashable, ...], torch.Tensor] = {}
+        self.input: torch.Tensor | None = None
         self.asked: set[Branch] = set()
-        self.samples = 0
+        self._evaluated_at: torch.Tensor | None = None
+        self.shape = torch.Size()
+        self.has_main_pass = False
         self.in_main_pass = self.is_open = self.is_proved = False
         self._guider = guider
 
     def begin_main_pass(self, model_options: dict[str, Any], x: torch.Tensor) -> None:
         """Note under which options the plain predictions are made, and of what."""
-        self.samples = len(x)
+        self.shape = x.shape
         self.in_main_pass = True
-        # Another node's own evaluation of the conds may do anything with the latent.
-        self.is_open = "sampler_calc_cond_batch_function" not in model_options
+        self.has_main_pass = self.is_open = True
         wrappers = model_options["transformer_options"].get("wrappers", {})
         others = set(wrappers.get("apply_model", {})) - {KEY}
         self.is_proved = "model_function_wrapper" not in model_options and not others
 
-    def end_main_pass(self) -> None:
-        """Note that whatever is evaluated from now on is not a plain prediction."""
+    def end_main_pass(self, args: dict[str, Any]) -> None:
+        """Note what was predicted, and that whatever is evaluated from now on is not plain."""
         self.in_main_pass = self.is_open = False
+        if self.input is None:
+            self.input = args["input"]
+        self._evaluated_at = args["input"]
+        for conds, out in zip(args.get("conds", ()), args.get("conds_out", ()), strict=False):
+            # A copy: the functions that follow may write into it.
+            self.evaluated[_names(conds)] = out.clone()
+
+    def prediction(self, args: dict[str, Any], side: str) -> torch.Tensor | None:
+        """Return the prediction of one side as it was evaluated; None if none was made.
+
+        Other nodes may have altered it since: their change is theirs, and not to be multiplied by
+        a scale of ours.
+        """
+        name = _names(args[side])
+        altered = args[f"{side}_denoised"]
+        if name in self.evaluated and args["input"] is self._evaluated_at:
+            return self.evaluated[name]
+        seen = not self.labels or any(uuid in self.labels for uuid in name)
+        return altered if seen and torch.is_tensor(altered) else None
 
     def wanted(self, branch: Branch) -> set[Hashable]:
         """Return the conds that a branch will ask for: last step's, or the likely ones."""
@@ -73,3 +98,9 @@ class Step:
             )
         self.run.regrouped |= self.aside.regrouped
         self.aside.clear()
+        self.evaluated.clear()
+        self.input = self._evaluated_at = None
+
+
+def _names(conds: Any) -> tuple[Hashable, ...]:
+    return tuple(cond["uuid"] for cond in conds or ())

@@ -49,6 +49,12 @@ def watched_attention(
 
     def look(target: Target, q: Any, k: Any, v: Any, extra: Options, attend: Attend) -> Any:
         if place.target == target:
+            if q.shape[:2] != k.shape[:2]:
+                raise ValueError(
+                    f"{label}: block {place.name} has {q.shape[1]} queries for {k.shape[1]} keys, "
+                    "so its map cannot be laid over the image. A node such as HyperTile or ToMe "
+                    "tiles or merges tokens there; leave it out, or choose other blocks."
+                )
             keep(target, q, k, extra["n_heads"], place.grid(k, label))
         return attend(q, k, v)
 

@@ -12,6 +12,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from .....seg_core import Block, Target, describe, select
 from ...calls.call import Call
+from ...calls.compiled import eager
 from ...calls.site import Site
 from ...settings.perturbation import Selection
 from ..view import Keep, Options, Present, View
@@ -28,8 +29,9 @@ class UNet(View):
 
     @staticmethod
     def is_one(network: object) -> bool:
-        """Tell whether a network is of this kind."""
-        return isinstance(network, UNetModel)
+        """Tell whether a network is of this kind, whatever other nodes made of its class."""
+        parts = ("input_blocks", "middle_block", "output_blocks", "time_embed", "out")
+        return isinstance(network, UNetModel) or all(hasattr(network, part) for part in parts)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -113,6 +115,6 @@ def _transformers(block: Any) -> list[Any]:
     return [
         layer
         for layer in block
-        if isinstance(layer, SpatialTransformer)
-        and not layer.transformer_blocks[0].disable_self_attn
+        if isinstance(eager(layer), SpatialTransformer)
+        and not eager(layer.transformer_blocks[0]).disable_self_attn
     ]

@@ -1,0 +1,322 @@
+"""A good guest: guidance beside the kinds of things that other packs do, before and after it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import inspect
+import weakref
+
+import comfy.samplers
+import pytest
+import torch
+from host_models import PACK, conditioning, noise_like, sample, seg, tiny_model
+from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, wrapped
+from reuse_checks import difference, exact_model, outcome, require_equal
+
+NOTHING = 1e-6
+SETTINGS = {"size": (8, 12), "steps": 4}
+
+
+def node(name):
+    module = {"SEGuidancePAG": "pag", "SEGuidanceSAG": "sag"}[name]
+    return getattr(importlib.import_module(f"{PACK}.nodes.{module}"), name)
+
+
+def pag(model, strength=1.0, **settings):
+    return node("SEGuidancePAG").execute(model, 3.0, 0.0, 1.0, strength=strength, **settings)[0]
+
+
+def sag(model, **settings):
+    return node("SEGuidanceSAG").execute(model, 0.5, 2.0, 0.0, 1.0, **settings)[0]
+
+
+def orders(neighbour, guidance):
+    """Return the model with a neighbour before, and after our node."""
+    yield guidance(neighbour(exact_model()))
+    yield neighbour(guidance(exact_model()))
+
+
+@pytest.mark.parametrize("cfg", [7.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_perturbation_that_changes_nothing_pushes_nothing(kind, cfg):
+    neighbour = KINDS[kind]
+    settings = {**SETTINGS, "cfg": cfg, "steps": 6 if "cache" in kind else 3}
+    alone = outcome(neighbour(exact_model()), **settings).latents
+    plain = outcome(exact_model(), **settings).latents
+    for reuse in (True, False):
+        for side in ("conditional", "unconditional")[: 1 + (cfg > 1)]:
+            for model in orders(neighbour, lambda m: pag(m, 1e-12, branch=side, reuse=reuse)):  # noqa: B023
+                found = outcome(model, **settings).latents
+                assert difference(found, alone) <= NOTHING, (reuse, side)
+    assert difference(alone, plain) > 1e-3 or kind in (
+        "wrappers dropped", "functions in conditions", "two evaluations in a step",
+        "tangential damping", "adaptive projected guidance",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_call_beside_it_gives_what_whole_passes_give(kind):
+    neighbour = KINDS[kind]
+    plain = outcome(neighbour(exact_model()), **SETTINGS).latents
+    for on, off in zip(
+        orders(neighbour, lambda m: seg(m, sigma=2.0)),
+        orders(neighbour, lambda m: seg(m, sigma=2.0, reuse=False)),
+        strict=True,
+    ):
+        one, whole = outcome(on, **SETTINGS), outcome(off, **SETTINGS)
+        require_equal(one, whole)
+        assert difference(one.latents, plain) > 1e-3, "it acts"
+
+
+def test_conds_on_three_sides_under_a_nested_guider():
+    def run(model):
+        module = importlib.import_module("comfy_extras.nodes_custom_sampler")
+        guider = module.Guider_DualCFG(model)
+        guider.set_conds(conditioning(1), conditioning(3), conditioning(2))
+        guider.set_cfg(4.0, 3.0)
+        sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 3)
+        sampler = comfy.samplers.sampler_object("euler")
+        latent = torch.zeros(1, 4, 8, 8)
+        with torch.inference_mode():
+            return guider.sample(noise_like(latent.shape), latent, sampler, sigmas)
+
+    reads = KINDS["effects by side"]
+    plain = run(reads(exact_model()))
+    for reuse in (True, False):
+        assert difference(run(pag(reads(exact_model()), 1e-12, reuse=reuse)), plain) <= NOTHING
+
+
+@pytest.mark.parametrize("cfg", [7.0, 1.0])
+def test_a_controlnet_that_acts_through_the_options(cfg):
+    pair = [
+        [[e, {**v, "control": ActsThroughOptions()}] for e, v in conditioning(s)] for s in (1, 2)
+    ]
+    settings = {"positive": pair[0], "negative": pair[1], "cfg": cfg}
+    plain = outcome(exact_model(), **settings).latents
+    for reuse in (True, False):
+        found = outcome(pag(exact_model(), 1e-12, reuse=reuse), **settings).latents
+        assert difference(found, plain) <= NOTHING
+
+
+# State and settings.
+
+
+def test_what_others_write_into_the_options_stays_and_nothing_of_ours_does():
+    seen = []
+
+    def look(executor, x, timestep, options, seed):
+        seen.append((set(options), set(options["transformer_options"])))
+        return executor(x, timestep, options, seed)
+
+    model = wrapped(WRAPPERS.PREDICT_NOISE, look, outside=True)(seg(momentum(tiny_model())))
+    sample(model, steps=3)
+    first, *later = seen
+    assert all(options - first[0] == {"momentum"} for options, _ in later)
+    assert all(options - first[1] == {"steps seen"} for _, options in later)
+
+
+def test_a_deep_copy_of_the_options_copies_settings_and_no_network():
+    model = pag(seg(tiny_model()))
+    weights = sum(w.numel() for w in model.model.diffusion_model.parameters())
+    copied = copy.deepcopy(model.model_options)
+    before = len(gc.get_objects())
+    kept = [copy.deepcopy(model.model_options) for _ in range(10)]
+    assert len(gc.get_objects()) - before < 10 * 200
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.nn.Parameter)]
+    assert sum(t.numel() for t in tensors if t.numel() and t.shape) < 1e9
+    assert weights
+    clone = model.clone()
+    clone.model_options = copied
+    assert torch.equal(sample(clone, steps=2), sample(model, steps=2))
+    del kept
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("guided", [seg, pag, sag, lambda m: pag(seg(m, reuse=False))])
+def test_nothing_of_ours_waits_for_the_garbage_collector(guided):
+    model = guided(tiny_model())
+    sample(model, steps=1)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        sample(model, steps=3)
+        gc.collect()
+        garbage = list(gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    # The host leaves a class for each cond and step.
+    assert not [thing for thing in garbage if isinstance(thing, torch.Tensor)]
+    assert not [thing for thing in garbage if str(type(thing).__module__).startswith(PACK)]
+    modules = [thing.__module__ for thing in garbage if inspect.isfunction(thing)]
+    assert not [module for module in modules if str(module).startswith(PACK)]
+
+
+def test_a_guided_clone_is_gone_when_nobody_holds_it():
+    base = tiny_model()
+    sample(base, steps=1)
+    gc.collect()
+    gc.disable()
+    try:
+        guided = seg(base)
+        sample(guided, steps=1)
+        options = weakref.ref(guided.model_options["sampler_post_cfg_function"][0])
+        del guided
+        gc.enable()
+        gc.collect()
+        assert options() is None
+    finally:
+        gc.enable()
+
+
+# Predictions that were never made, blocks that are never reached.
+
+
+def test_a_cfg_that_falls_to_one_in_mid_run(caplog):
+    def falling(executor, x, timestep, options, seed):
+        executor.class_obj.cfg = 7.0 if timestep[0] > 5.0 else 1.0
+        return executor(x, timestep, options, seed)
+
+    falls = wrapped(WRAPPERS.PREDICT_NOISE, falling, outside=True)
+    plain = outcome(falls(exact_model()), **SETTINGS).latents
+    found = outcome(falls(pag(exact_model(), 1e-12, branch="unconditional")), **SETTINGS).latents
+    assert difference(found, plain) <= NOTHING
+    free = outcome(falls(seg(exact_model(), branch="free")), **SETTINGS)
+    assert torch.isfinite(free.latents).all()
+    assert "pauses there" in caplog.text
+
+
+@pytest.mark.parametrize("side", ["unconditional", "free"])
+def test_a_guider_that_hands_on_an_uncond_that_it_never_evaluated(side, caplog):
+    class Skipping(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            del seed
+            cond = self.conds["positive"]
+            (out,) = comfy.samplers.calc_cond_batch(
+                self.inner_model, [cond], x, timestep, model_options
+            )
+            return comfy.samplers.cfg_function(
+                self.inner_model, out, torch.zeros_like(out), 1.0, x, timestep,
+                model_options=model_options, cond=cond, uncond=self.conds["negative"],
+            )  # fmt: skip
+
+    def run(model):
+        guider = Skipping(model)
+        guider.set_conds(conditioning(1), conditioning(2))
+        sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 3)
+        sampler = comfy.samplers.sampler_object("euler")
+        latent = torch.zeros(1, 4, 8, 8)
+        with torch.inference_mode():
+            return guider.sample(noise_like(latent.shape), latent, sampler, sigmas)
+
+    assert torch.equal(run(seg(tiny_model(), branch=side)), run(tiny_model()))
+    assert caplog.text.count("made no uncond prediction") == 1
+
+
+def test_where_no_block_is_reached_there_is_no_guidance_one_warning_and_no_further_pass(caplog):
+    answers = []
+
+    def answer(executor, x, *args, **kwargs):
+        del executor, args, kwargs
+        answers.append(len(x))
+        return 0.3 * x + len(answers)  # a cache that answers for the network, not the same twice
+
+    neighbour = wrapped(WRAPPERS.DIFFUSION_MODEL, answer)
+    plain = outcome(neighbour(tiny_model()), steps=4).latents
+    calls, answers[:] = len(answers), []
+
+    def steady(executor, x, *args, **kwargs):
+        del executor, args, kwargs
+        answers.append(len(x))
+        return 0.3 * x + sum(rows == 2 for rows in answers)
+
+    guided = outcome(wrapped(WRAPPERS.DIFFUSION_MODEL, steady)(seg(tiny_model())), steps=4)
+    assert torch.equal(guided.latents, plain)
+    assert len(answers) == calls + 1, "one pass to find out"
+    assert caplog.text.count("has no effect in this run") == 1
+
+
+@pytest.mark.parametrize("guided", [sag, lambda m: seg(m, branch="free")])
+def test_what_acts_in_the_plain_pass_says_so_where_its_wrappers_are_gone(guided, caplog):
+    model = guided(tiny_model())
+    model.wrappers = {}
+    assert torch.equal(sample(model, steps=3), sample(tiny_model(), steps=3))
+    assert caplog.text.count("taken this pack's sampling wrappers off") == 1
+
+
+# Compiled otherwise than by ComfyUI's node.
+
+
+def in_place(model):
+    model.model.diffusion_model.compile(backend="eager")
+    return model
+
+
+def as_an_object(model):
+    model = model.clone()
+    network = model.get_model_object("diffusion_model")
+    model.add_object_patch("diffusion_model", torch.compile(network, backend="eager"))
+    return model
+
+
+def by_blocks(model):
+    model = model.clone()
+    for name in ("input_blocks.3", "middle_block", "output_blocks.0"):
+        layer = f"diffusion_model.{name}.1.transformer_blocks.0"
+        block = model.get_model_object(layer)
+        model.add_object_patch(layer, torch.compile(block, backend="eager"))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [in_place, as_an_object, by_blocks])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_compiled_network_is_guided_eagerly(compiled, order):
+    torch._dynamo.reset()
+    expected = outcome(seg(exact_model(), sigma=2.0), steps=2)
+    model = exact_model()
+    guided = (
+        seg(compiled(model), sigma=2.0) if order == "before" else compiled(seg(model, sigma=2.0))
+    )
+    found = outcome(guided, steps=2)
+    assert found.reasons == {"the model is compiled"}
+    assert difference(found.latents, expected.latents) < 1e-5
+
+
+# Messages.
+
+
+def test_each_node_speaks_under_its_own_name():
+    from types import SimpleNamespace
+
+    stranger = SimpleNamespace(
+        model=SimpleNamespace(), get_model_object=lambda _name: torch.nn.Linear(2, 2)
+    )
+    for guided, name in ((seg, "Smoothed Energy"), (pag, "Perturbed-Attention"), (sag, "Self-Att")):
+        with pytest.raises(ValueError, match=f"^{name}.*does not know the network Linear"):
+            guided(stranger)
+
+
+def test_a_mask_from_attention_is_refused_where_the_latent_is_cut_in_pieces():
+    with pytest.raises(ValueError, match="cuts the latent in tiles or context windows"):
+        sample(in_pieces(sag(tiny_model())), size=(8, 12), steps=1)
+    assert torch.isfinite(
+        sample(in_pieces(sag(tiny_model(), mask="everywhere")), size=(8, 12))
+    ).all()
+
+
+def test_short_runs_of_one_prompt_say_their_line_once(monkeypatch, caplog):
+    server = type("Server", (), {"instance": type("Instance", (), {"last_prompt_id": "a"})()})
+    module = type("Module", (), {"PromptServer": server})
+    monkeypatch.setitem(__import__("sys").modules, "server", module)
+    caplog.set_level("INFO")
+    for prompt, lines in (("one", 1), ("one", 1), ("two", 2)):
+        server.instance.last_prompt_id = prompt
+        sample(seg(tiny_model()), steps=1)
+        assert sum("model evaluations guided" in m for m in caplog.messages) == lines
