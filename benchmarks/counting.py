@@ -1,7 +1,8 @@
-"""Counting instead of timing: floating-point operations and tensor memory of what is run inside."""
+"""Counting instead of timing: operations, parameters read, and tensor memory of what is run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class PeakBytes(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        before = {_storage(t) for t in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
@@ -52,6 +53,38 @@ class PeakBytes(TorchDispatchMode):
                 self.now -= size
 
 
+class ParametersRead(TorchDispatchMode):
+    """The parameters that operations inside read, each as often as it is read.
+
+    A view of a parameter reads nothing; the operation that computes with it does. A copy, as of a
+    cast, reads it once; who then computes with the copy reads the copy.
+
+    Args:
+        modules: whose parameters are counted.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        super().__init__()
+        self.read = 0
+        # The parameters are kept alive: their storages' addresses are their names.
+        self._parameters = [p for module in modules for p in module.parameters()]
+        self._storages = {_storage(p): p.untyped_storage().size() for p in self._parameters}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        handed_on = {_storage(t) for t in _tensors(out)}
+        for tensor in _tensors((args, kwargs)):
+            storage = _storage(tensor)
+            if storage in self._storages and storage not in handed_on:
+                held = self._storages[storage] // tensor.element_size()
+                self.read += min(tensor.numel(), held)
+        return out
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -62,17 +95,15 @@ class Count:
 
     flops: int
     peak_bytes: int
-
-
-def count_flops(step: Any) -> int:
-    """Count the operations of one evaluation of a guided model."""
-    with FlopCounterMode(display=False) as flops:
-        step.run(step.evaluate)
-    return flops.get_total_flops()
+    parameters_read: int
 
 
 def count(step: Any) -> Count:
     """Count one evaluation of a guided model."""
-    with PeakBytes() as memory, FlopCounterMode(display=False) as flops:
+    with (
+        ParametersRead(step.networks) as reads,
+        PeakBytes() as memory,
+        FlopCounterMode(display=False) as flops,
+    ):
         step.run(step.evaluate)
-    return Count(flops.get_total_flops(), memory.peak)
+    return Count(flops.get_total_flops(), memory.peak, reads.read)

@@ -47,6 +47,14 @@ _SD15 = _COMMON | {
     "context_dim": 768,
     "num_heads": 8,
 }
+# The same shape with fewer channels and layers: 196 M parameters.
+_SMALL = _SDXL | {
+    "model_channels": 128,
+    "transformer_depth": [0, 0, 1, 1, 3, 3],
+    "transformer_depth_middle": 3,
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 3, 3, 3],
+    "num_head_channels": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -67,18 +75,28 @@ KINDS = {
     "sdxl": Kind("SDXL", supported.SDXL, _SDXL, (1024, 1024)),
     "sd15": Kind("SD1.5", supported.SD15, _SD15, (512, 512)),
 }
+SMALL = Kind("A small SDXL", supported.SDXL, _SMALL, (128, 128))
 
 
-def unet(kind: Kind, device: torch.device, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
-    """Return the network of a kind as a model of ComfyUI."""
+def unet(
+    kind: Kind, device: torch.device, dtype: torch.dtype, *, offloaded: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """Return the network of a kind as a model of ComfyUI.
+
+    Offloaded, its weights stay in the CPU's memory, and each is fetched when it is used: what
+    ComfyUI does where a model does not fit, or with `--lowvram`.
+    """
     config = kind.config(dict(kind.unet))
     config.unet_config = kind.unet | {"dtype": dtype}
     config.manual_cast_dtype = None
     model = config.get_model({}, device=device)
     _fill(model.diffusion_model.to(dtype))
-    model.to(device)
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+    place = torch.device("cpu") if offloaded else device
+    model.to(place)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=place)
     model.current_patcher = patcher
+    if offloaded:
+        patcher.patch_model(device, lowvram_model_memory=1)
     return patcher
 
 

@@ -18,21 +18,25 @@ _COLOURS = {"core PAG": "#9a9a9a", "SEG, reuse off": "#d08a3c", "SEG, reuse on":
 
 def draw(result: dict[str, Any], path: str) -> None:
     """Write a bar chart of all counted and measured ratios."""
-    panels = []
+    panels, reads = [], []
     for name, rows in result["counted"].items():
         kind = KINDS[name]
-        panels.append((f"{kind.title} {kind.size[0]}x{kind.size[1]}: FLOPs", rows))
+        title = f"{kind.title} {kind.size[0]}x{kind.size[1]}"
+        panels.append((f"{title}: FLOPs", rows))
+        reads.append((f"{title}: parameters read", [r | {"ratio": r["read ratio"]} for r in rows]))
+    panels += reads[:1]
     if result["measured"]:
         settings = result["settings"]
         title = f"{KINDS[settings['model']].title} {settings['size']}: wall time"
         panels.append((f"{title}, {settings['hardware']}", result["measured"]))
+    panels += [(f"{small['title']}: wall time", small["rows"]) for small in result["weights"][:1]]
     # A step that a panel lacks leaves its place empty: all panels have the same rows.
     panels = [(title, [r for r in rows if r["method"] != "CFG only"]) for title, rows in panels]
     places: dict[str, int] = {}
     for _, rows in panels:
         for row in rows:
             places.setdefault(_label(row), len(places))
-    size = (4.6 * len(panels), 1.2 + 0.21 * len(places))
+    size = (3.6 * len(panels), 1.2 + 0.21 * len(places))
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
         _panel(axis, title, rows, places)

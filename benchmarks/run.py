@@ -1,7 +1,8 @@
 """`python dev.py bench`: what a guided sampling step costs, as a table, JSON and a plot.
 
-FLOPs and tensor memory are counted exactly, at nominal size on the meta device; wall time is
-measured on the device at hand, all variants in one run, interleaved.
+FLOPs, parameters read and tensor memory are counted exactly, at nominal size on the meta device;
+wall time is measured on the device at hand, all variants in one run, interleaved. Where weights
+dominate, at small sizes, it is measured once more, on a GPU also with the weights offloaded.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ if __name__ == "__main__":  # run as a script: the checkout takes this folder's 
 from benchmarks import host
 
 if TYPE_CHECKING:
+    from benchmarks.models import Kind
     from benchmarks.variants import Variant
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ON_CPU = ("sd15", "128x128", "fp32", 3)
 ON_GPU = ("sdxl", "1024x1024", "fp16", 15)
+# Spread from which on times are not to be trusted.
+BUSY = 0.1
+SMALL_SIZES = ((64, 64), (128, 128))
 
 
 def main() -> int:
@@ -36,12 +41,14 @@ def main() -> int:
     options = _options()
     begin = time.monotonic()
     host.start(options.device)
-    result = {"settings": _settings(options), "counted": {}, "measured": {}}
+    result = {"settings": _settings(options), "counted": {}, "measured": {}, "weights": []}
     with torch.inference_mode():
         for name in options.count:
             result["counted"][name] = _count(name, options)
         result["blur"] = _blur(options)
         if options.repeats:
+            result["weights"] = _measure_weights(options)
+        if options.repeats and not options.weights:
             result["measured"] = _measure(options)
     result["settings"]["seconds"] = round(time.monotonic() - begin)
     text = _markdown(result)
@@ -65,6 +72,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, help="timed rounds; 0 only counts")
+    parser.add_argument(
+        "--weights", action="store_true", help="time only where weights dominate, at small sizes"
+    )
     parser.add_argument("--all", action="store_true", help="every combination, on a CPU too")
     parser.add_argument("--json", help="write the numbers to this file")
     parser.add_argument("--markdown", help="write the table to this file")
@@ -116,16 +126,18 @@ def _count(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     from benchmarks.step import on_meta
 
     kind = models.KINDS[name]
-    rows, flops = [], {}
+    rows, flops, reads = [], {}, {}
     with on_meta():
         bench = variants.Bench(kind, torch.device("meta"), torch.float16, host.seg_node())
         for variant in variants.every(thin=options.thin):
             cost = counting.count(bench.step(variant, kind.size))
-            flops[variant] = cost.flops
+            flops[variant], reads[variant] = cost.flops, cost.parameters_read
             ratio = cost.flops / flops[variant.baseline]
             row = {
                 "teraflops": cost.flops / 1e12,
                 "ratio": ratio,
+                "megaparameters read": cost.parameters_read / 1e6,
+                "read ratio": cost.parameters_read / reads[variant.baseline],
                 "megabytes": cost.peak_bytes / 1e6,
             }
             rows.append(_key(variant) | row)
@@ -143,15 +155,47 @@ def _blur(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    from benchmarks import counting, models, timing, variants
+    from benchmarks import models, variants
+
+    every = variants.every(thin=options.thin)
+    if options.thin:
+        every = [variant for variant in every if variant.method not in variants.RELATIVES]
+    return _timed(models.KINDS[options.model], options.size, every, options)
+
+
+def _measure_weights(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure small images, where reading the weights takes most of the time."""
+    from benchmarks import models, variants
+
+    on_gpu = options.device != "cpu"
+    kinds = [models.SMALL] + [models.KINDS[options.model]] * on_gpu
+    few = variants.few()
+    return [
+        {
+            "title": f"{kind.title}, {size[0]}x{size[1]}" + ", weights offloaded" * offloaded,
+            "rows": _timed(kind, size, few, options, offloaded=offloaded),
+        }
+        for kind in kinds
+        for offloaded in ((False, True) if on_gpu else (False,))
+        for size in SMALL_SIZES + ((kind.size,) if on_gpu and kind is not models.SMALL else ())
+    ]
+
+
+def _timed(
+    kind: Kind,
+    size: tuple[int, int],
+    every: list[Variant],
+    options: argparse.Namespace,
+    *,
+    offloaded: bool = False,
+) -> list[dict[str, Any]]:
+    from benchmarks import counting, timing, variants
 
     device = torch.device(options.device)
-    kind = models.KINDS[options.model]
-    bench = variants.Bench(kind, device, DTYPES[options.dtype], host.seg_node())
-    steps = {
-        variant: bench.step(variant, options.size, options.batch)
-        for variant in variants.every(thin=options.thin)
-    }
+    control = any(variant.control for variant in every)
+    dtype, node = DTYPES[options.dtype], host.seg_node()
+    bench = variants.Bench(kind, device, dtype, node, control=control, offloaded=offloaded)
+    steps = {variant: bench.step(variant, size, options.batch) for variant in every}
     runs = {variant: step.evaluate for variant, step in steps.items()}
 
     def body() -> tuple[dict[Any, list[float]], dict[Any, int]]:
@@ -211,6 +255,23 @@ def _markdown(result: dict[str, Any]) -> str:
             *_table(result["measured"], "seconds", "seconds", "{:.3f}"),
             "",
         ]
+    if result["weights"]:
+        lines += [
+            "## Small images, where reading the weights takes most of the time: measured on "
+            f"{settings['hardware']}, {settings['dtype']}",
+            "",
+            *_weights_table(result["weights"]),
+            "",
+        ]
+        if settings["hardware"].endswith("CPU cores"):
+            lines += ["Not measured, for want of a GPU: anything on one, weights offloaded.", ""]
+    if _worst_spread(result) > BUSY:
+        lines += [
+            "**The machine was busy with other work.** Times of one step spread by up to "
+            f"{100 * _worst_spread(result):.0f} %: ratios that lie closer together than that say "
+            "nothing. What is counted is exact.",
+            "",
+        ]
     blur = result["blur"]
     lines += [
         "## The query blur alone, 32x32 tokens of 1280 channels, sigma 10",
@@ -220,7 +281,8 @@ def _markdown(result: dict[str, Any]) -> str:
         "",
         f"ComfyUI {settings['comfyui']}, torch {settings['torch']}, {settings['hardware']}, "
         f"threads: {settings['threads']}, {settings['repeats']} rounds, {settings['seconds']} s. "
-        "Counted: matrix products, convolutions and attention; memory is the peak of live tensors "
+        "Counted: matrix products, convolutions and attention; parameters, each as often as an "
+        "operation reads it; memory is the peak of live tensors "
         "beside the weights, in fp16 with fused attention (measured: of the allocator on a GPU, of "
         "live tensors on a CPU). Measured: medians of interleaved "
         "rounds; the ratio is the median of each round's; spread is half of slowest minus "
@@ -230,18 +292,45 @@ def _markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _worst_spread(result: dict[str, Any]) -> float:
+    rows = [*result["measured"], *(row for table in result["weights"] for row in table["rows"])]
+    return max((row["spread"] for row in rows), default=0.0)
+
+
 def _table(rows: list[dict[str, Any]], heading: str, value: str, form: str) -> list[str]:
     timed = "spread" in rows[0]
-    lines = [f"| step | {heading} | of CFG only | peak MB |", "| --- | ---: | ---: | ---: |"]
+    reads = [] if timed else ["M parameters read", "of CFG only"]
+    columns = ["step", heading, "of CFG only", *reads, "peak MB"]
+    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
     group = None
     for row in rows:
         if group != (row["cfg"], row["control"]):
             group = (row["cfg"], row["control"])
             control = ", one ControlNet" if row["control"] else ""
-            lines.append(f"| **cfg {row['cfg']:g}{control}** | | | |")
+            lines.append(_line([f"**cfg {row['cfg']:g}{control}**", *[""] * (len(columns) - 1)]))
         cost = form.format(row[value]) + (f" +- {100 * row['spread']:.0f} %" if timed else "")
-        lines.append(f"| {row['title']} | {cost} | {row['ratio']:.3f} | {row['megabytes']:.0f} |")
+        cells = [row["title"], cost, f"{row['ratio']:.3f}"]
+        if not timed:
+            cells += [f"{row['megaparameters read']:.0f}", f"{row['read ratio']:.3f}"]
+        lines.append(_line([*cells, f"{row['megabytes']:.0f}"]))
     return lines
+
+
+def _weights_table(tables: list[dict[str, Any]]) -> list[str]:
+    """Return the time of each step over that of the step without guidance."""
+    methods = [row["method"] for row in tables[0]["rows"] if row["cfg"] == 1.0]
+    lines = [_line(["", *methods]), _line(["---", *["---:"] * len(methods)])]
+    for table in tables:
+        for cfg in dict.fromkeys(row["cfg"] for row in table["rows"]):
+            rows = [row for row in table["rows"] if row["cfg"] == cfg]
+            cells = [f"{row['ratio']:.2f} +- {100 * row['spread']:.0f} %" for row in rows]
+            cells[0] = f"{1000 * rows[0]['seconds']:.0f} ms +- {100 * rows[0]['spread']:.0f} %"
+            lines.append(_line([f"{table['title']}, cfg {cfg:g}", *cells]))
+    return lines
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy_extras.nodes_sag
 import torch
 
 Wrappers = comfy.patcher_extension.WrappersMP
@@ -63,6 +64,12 @@ class GuidedStep:
             control.model_sampling_current = patcher.model.model_sampling
             control.timestep_range = None  # always on
 
+    @property
+    def networks(self) -> list[torch.nn.Module]:
+        """Return everything with weights that a step may run."""
+        controls = [] if self.control is None else [self.control.control_model]
+        return [self.patcher.model, *controls]
+
     def run(self, body: Callable[[], Any]) -> Any:
         """Run something inside one sampling run of this model."""
         wrappers = comfy.patcher_extension.get_all_wrappers(
@@ -109,6 +116,7 @@ def on_meta() -> Iterator[None]:
         mock.patch.object(comfy.model_management, "get_free_memory", plenty),
         mock.patch.object(attention, "optimized_attention", flash_attention),
         mock.patch.object(attention, "optimized_attention_masked", flash_attention),
+        mock.patch.object(comfy_extras.nodes_sag, "optimized_attention", flash_attention),
         torch.inference_mode(),
     ):
         yield

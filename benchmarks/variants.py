@@ -71,16 +71,29 @@ def every(*, thin: bool = False) -> list[Variant]:
     return rows
 
 
+def few() -> list[Variant]:
+    """Return the variants that differ in how often they read the weights."""
+    methods = (CFG, PAG, SEG_OFF, SEG_ON, SEG_AND_PAG)
+    return [Variant(method, cfg) for cfg in (7.0, 1.0) for method in methods]
+
+
 class Bench:
     """One network, and the guided steps that share its weights."""
 
     def __init__(
-        self, kind: models.Kind, device: Any, dtype: Any, seg_node: Any, *, control: bool = True
+        self,
+        kind: models.Kind,
+        device: Any,
+        dtype: Any,
+        seg_node: Any,
+        *,
+        control: bool = True,
+        offloaded: bool = False,
     ) -> None:
         self.kind = kind
         self.device = device
         self.seg_node = seg_node
-        self.unet = models.unet(kind, device, dtype)
+        self.unet = models.unet(kind, device, dtype, offloaded=offloaded)
         self.control = models.control_net(kind, device, dtype) if control else None
 
     def step(self, variant: Variant, size: tuple[int, int], batch: int = 1) -> GuidedStep:

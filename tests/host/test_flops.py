@@ -6,19 +6,21 @@ attention (torch's formula of its fused kernel: 4 * queries * keys * channels); 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import math
 from pathlib import Path
 
+import dit_models
 import pytest
 import torch
 from host_models import PACK, conditioning, seg, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models, plot, variants
-from benchmarks.counting import PeakBytes, count, count_flops
+from benchmarks.counting import ParametersRead, PeakBytes, count
 from benchmarks.step import GuidedStep, flash_attention, on_meta
 from benchmarks.variants import CFG, FINITE, PAG, SEG_OFF, SEG_ON, Variant
 
@@ -32,9 +34,13 @@ def bench(name):
 
 
 @functools.cache
-def cost(name, *variant, **changes):
+def counted(name, *variant, **changes):
     with on_meta():
-        return count_flops(bench(name).step(Variant(*variant, **changes), models.KINDS[name].size))
+        return count(bench(name).step(Variant(*variant, **changes), models.KINDS[name].size))
+
+
+def cost(name, *variant, **changes):
+    return counted(name, *variant, **changes).flops
 
 
 def perturbed_pass(name, *settings):
@@ -104,12 +110,64 @@ def test_cores_sag_makes_three_passes_at_cfg_1():
     assert cost("sdxl", variants.CORE_SAG, 1.0) > 2.9 * cost("sdxl", CFG, 1.0)
 
 
-def test_memory_for_reuse_at_sdxl_size():
-    size = models.KINDS["sdxl"].size
-    with on_meta():
-        steps = [bench("sdxl").step(Variant(method, 1.0), size) for method in (SEG_ON, CFG)]
-        extra = count(steps[0]).peak_bytes - count(steps[1]).peak_bytes
-    assert 40e6 < extra < 60e6
+ONE_CALL = (SEG_ON, variants.OUR_PAG, variants.SEG_AND_PAG)
+# What a step may read of a network, in units of what the same step without guidance reads.
+ONCE = 1.02
+
+
+def reads(name, method, cfg, **changes):
+    plain = counted(name, CFG, cfg, **changes).parameters_read
+    return counted(name, method, cfg, **changes).parameters_read / plain
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+@pytest.mark.parametrize("method", ONE_CALL)
+@pytest.mark.parametrize("name", models.KINDS)
+def test_a_guided_step_reads_each_weight_once(name, method, cfg):
+    assert 1.0 <= reads(name, method, cfg) <= ONCE
+
+
+@pytest.mark.parametrize("blocks", ["early", "late"])
+def test_wherever_the_first_perturbed_block_is(blocks):
+    assert 1.0 <= reads("sd15", SEG_ON, 7.0, blocks=blocks) <= ONCE
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+def test_beside_a_controlnet(cfg):
+    assert 1.0 <= reads("sd15", SEG_ON, cfg, control=True) <= ONCE
+
+
+@pytest.mark.parametrize("method", [PAG, SEG_OFF])
+def test_a_whole_pass_reads_each_weight_again(method):
+    assert reads("sd15", method, 7.0) == pytest.approx(2.0, abs=0.01)
+
+
+def read_by_a_run(model, kind, cfg):
+    shape = dit_models.latent_shape(kind)
+    dit_models.sample_dit(model, kind, shape, steps=1, cfg=cfg)  # ComfyUI's first steps
+    with ParametersRead([model.model]) as counter:
+        dit_models.sample_dit(model, kind, shape, steps=1, cfg=cfg)
+    return counter.read
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+@pytest.mark.parametrize("kind", dit_models.TINY)
+def test_a_guided_step_of_a_transformer_reads_each_weight_once(kind, cfg):
+    pag = importlib.import_module(PACK + ".nodes.pag").SEGuidancePAG
+    base = dit_models.tiny_dit(kind)
+    plain = read_by_a_run(base, kind, cfg)
+    assert read_by_a_run(seg(base, reuse=False), kind, cfg) > 1.6 * plain
+    guided = seg(base)
+    both = pag.execute(guided, 3.0, 0.0, 1.0)[0]
+    assert plain <= read_by_a_run(guided, kind, cfg) <= ONCE * plain
+    assert plain <= read_by_a_run(both, kind, cfg) <= ONCE * plain
+
+
+@pytest.mark.parametrize(("cfg", "rows"), [(1.0, 1), (7.0, 2)])
+def test_memory_at_sdxl_size_is_that_of_a_batch_with_the_joined_rows(cfg, rows):
+    plain = counted("sdxl", CFG, cfg).peak_bytes
+    extra = counted("sdxl", SEG_ON, cfg).peak_bytes - plain
+    assert 100e6 < extra <= 1.15 * plain / rows
 
 
 @pytest.mark.parametrize("cfg", [1.0, 7.0])
@@ -146,6 +204,32 @@ def test_the_counter_agrees_with_a_count_by_hand():
         linear(torch.empty(7, 30, device="meta"))
         conv(torch.empty(2, 4, 8, 8, device="meta"))
     assert flops.get_total_flops() == 2 * 7 * 30 * 20 + 2 * 2 * 64 * 6 * 4 * 9
+
+
+def test_the_parameters_read_agree_with_a_count_by_hand():
+    linear = torch.nn.Linear(30, 20, device="meta")
+    conv = torch.nn.Conv2d(4, 6, 3, device="meta")
+    norm = torch.nn.GroupNorm(2, 4, device="meta")
+    other = torch.nn.Linear(30, 5, device="meta")
+    tokens, image = torch.empty(7, 30, device="meta"), torch.empty(2, 4, 8, 8, device="meta")
+    one_linear, one_conv, one_norm = 30 * 20 + 20, 6 * 4 * 9 + 6, 4 + 4
+    for flops_too in (False, True):
+        inner = FlopCounterMode(display=False) if flops_too else contextlib.nullcontext()
+        with torch.inference_mode(), ParametersRead([linear, conv, norm]) as counter, inner:
+            linear(tokens)
+            conv(norm(image))
+            assert counter.read == one_linear + one_conv + one_norm
+            linear(tokens[:3])
+            assert counter.read == 2 * one_linear + one_conv + one_norm, "read once more"
+            other(tokens)
+            linear.weight.t()[:4].view(4, 20).detach().to("meta")
+            assert counter.read == 2 * one_linear + one_conv + one_norm, "views, others' weights"
+            tokens @ linear.weight[:5].t()
+            assert counter.read == 2 * one_linear + one_conv + one_norm + 5 * 30, "a part"
+            cast = linear.weight.half()
+            cast * cast
+            tokens * linear.bias[:1].expand(7, 30)
+        assert counter.read == 3 * one_linear + one_conv + one_norm + 5 * 30
 
 
 def test_peak_memory_counts_what_lives_at_once():
