@@ -95,15 +95,15 @@ def rescale() -> list[io.Input]:
 
 
 def reuse() -> io.Input:
-    """Return the switch of exact reuse."""
+    """Return the switch between one call and whole passes."""
     return io.Boolean.Input(
         "reuse",
         default=True,
         optional=True,
         advanced=True,
-        tooltip="Take what the plain prediction has already computed, exactly, instead of "
-        "computing it again. Saves about a third of the extra pass and all of its ControlNets. "
-        "Off = a whole extra pass.",
+        tooltip="Make the extra prediction in the same call of the model as the plain one. They "
+        "are equal before the first changed block: that is computed once, and each weight is read "
+        "once. The result is the same up to rounding. Off = a whole extra pass.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
-from .host.probe.probe import BlockRecord, BranchRecord, Record
+from .host.probe.probe import BlockRecord, BranchRecord, Record, StepRecord
 from .pictures import BACKGROUND, FOREGROUND, to_image, to_pixels, with_caption
 
 if TYPE_CHECKING:
@@ -201,28 +201,30 @@ def _blocks(record: Record) -> list[BlockRecord]:
 
 
 def _plot_time(panel: Axes, record: Record) -> None:
-    numbers = range(1, len(record.steps) + 1)
-    guidance = [sum(b.milliseconds for b in s.branches.values()) for s in record.steps]
-    rest = [max(0.0, s.milliseconds - g) for s, g in zip(record.steps, guidance, strict=True)]
     passes = [b for step in record.steps for b in step.branches.values()]
-    shared = sum(b.shared for b in passes)
+    joined = sum(b.shared for b in passes)
     whole = sum(sum(b.full.values()) for b in passes)
-    panel.set_title(f"Milliseconds; {shared} of {shared + whole} extra passes reused work")
-    panel.bar(numbers, rest, color=QUIET, label="plain prediction")
-    for colour, words, wanted in (
-        (GUIDANCE, "guidance, reusing it", True),
-        (WHOLE, "guidance, whole passes", False),
+    panel.set_title(f"Milliseconds; {joined} of {joined + whole} predictions in one call")
+    for colour, words, kind in (
+        (QUIET, "step without guidance", "plain"),
+        (GUIDANCE, "guided step", "joined"),
+        (WHOLE, "guided step with a whole pass", "whole"),
     ):
         chosen = [
-            (n, g, r)
-            for n, s, g, r in zip(numbers, record.steps, guidance, rest, strict=True)
-            if s.branches and wanted is not any(sum(b.full.values()) for b in s.branches.values())
+            (number, step.milliseconds)
+            for number, step in enumerate(record.steps, 1)
+            if _kind(step) == kind
         ]
         if chosen:
-            at, height, below = zip(*chosen, strict=True)
-            panel.bar(at, height, bottom=below, color=colour, label=words)
-    panel.set_ylim(0, 1.6 * max([s.milliseconds for s in record.steps] or [1.0]))
+            panel.bar(*zip(*chosen, strict=True), color=colour, label=words)
+    panel.set_ylim(0, 2.4 * max([s.milliseconds for s in record.steps] or [1.0]))
     _legend(panel, loc="upper right")
+
+
+def _kind(step: StepRecord) -> str:
+    if not step.branches:
+        return "plain"
+    return "whole" if any(sum(b.full.values()) for b in step.branches.values()) else "joined"
 
 
 def _legend(panel: Axes, loc: Literal["best", "upper right"] = "best") -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from statistics import mean, median
 from typing import Any
 
-from .host.probe.probe import BlockRecord, BranchRecord, Measures, Record
+from .host.probe.probe import BlockRecord, BranchRecord, Measures, Record, StepRecord
 
 LINES = 5
 
 
 def summary(record: Record, runs: int, made_it: bool) -> str:
-    """Return what ran, what it did, what the blur did, what it cost in passes and in time.
+    """Return what ran, what it did, what the blur did, how its predictions were made, and the time.
 
     Args:
         record: the run.
@@ -110,36 +110,46 @@ def _passes(steps: list[BranchRecord]) -> str:
         why.update(step.full)
     full = sum(why.values())
     if not shared and not full:
-        return "No extra pass of the model."
+        return "No extra prediction of the model."
     reasons = "; ".join(f"{n} because {reason}" for reason, n in why.items() if reason)
     return (
-        f"Extra passes: {shared + full}. {shared} continued from what the plain prediction had "
-        f"computed, {full} were computed whole" + (f" ({reasons})." if reasons else ".")
+        f"Extra predictions: {shared + full}. {shared} made in the plain call of the model, {full} "
+        "in whole passes" + (f" ({reasons})." if reasons else ".")
     )
 
 
 def _time(record: Record) -> str:
-    whole, guidance = times(record)
+    guided, plain = times(record)
     said = "Nothing to warn of."
     if record.warnings:
         said = "Warning: " + " ".join(record.warnings)
-    if not guidance or guidance >= whole:
-        return f"A step took {_milliseconds(whole)}. {said}"
-    more = guidance / (whole - guidance)
+    if guided is None:
+        return f"A step took {_milliseconds(plain or 0.0)}. {said}"
+    if plain is None:
+        return (
+            f"A guided step took {_milliseconds(guided)}; no other step to compare it with. {said}"
+        )
     return (
-        f"A guided step took {_milliseconds(whole)}, {_milliseconds(guidance)} of it for guidance "
-        f"({_percent(more)} more than without). {said}"
+        f"A guided step took {_milliseconds(guided)}, a step without guidance "
+        f"{_milliseconds(plain)} ({guided / plain:.2f} times). {said}"
     )
 
 
-def times(record: Record) -> tuple[float, float]:
-    """Return the milliseconds of a step, and those that guidance took; medians, guided if any."""
+def times(record: Record) -> tuple[float | None, float | None]:
+    """Return the median milliseconds of the guided steps and of the others; None without any.
+
+    The first step of a run is left out if its kind has others: it may load and prepare things.
+    """
+    first = record.steps[:1]
+
+    def typical(steps: list[StepRecord]) -> float | None:
+        found = [step.milliseconds for step in steps]
+        if len(found) > 1 and steps[0] in first:
+            found = found[1:]
+        return median(found) if found else None
+
     guided = [step for step in record.steps if step.branches]
-    whole = median([step.milliseconds for step in guided or record.steps] or [0.0])
-    guidance = median(
-        [sum(b.milliseconds for b in step.branches.values()) for step in guided] or [0.0]
-    )
-    return whole, guidance
+    return typical(guided), typical([step for step in record.steps if not step.branches])
 
 
 def _share(part: float, whole: float) -> str:

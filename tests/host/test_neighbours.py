@@ -6,7 +6,9 @@ import copy
 import gc
 import importlib
 import inspect
+import re
 import weakref
+from pathlib import Path
 
 import comfy.samplers
 import pytest
@@ -36,6 +38,16 @@ def orders(neighbour, guidance):
     """Return the model with a neighbour before, and after our node."""
     yield guidance(neighbour(exact_model()))
     yield neighbour(guidance(exact_model()))
+
+
+def sampled_by(guider, model):
+    """Return the latents that a guider samples."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 3)
+    sampler = comfy.samplers.sampler_object("euler")
+    latent = torch.zeros(1, 4, 8, 8)
+    with torch.inference_mode():
+        return guider.sample(noise_like(latent.shape), latent, sampler, sigmas)
 
 
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
@@ -76,12 +88,7 @@ def test_conds_on_three_sides_under_a_nested_guider():
         guider = module.Guider_DualCFG(model)
         guider.set_conds(conditioning(1), conditioning(3), conditioning(2))
         guider.set_cfg(4.0, 3.0)
-        sampling = model.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 3)
-        sampler = comfy.samplers.sampler_object("euler")
-        latent = torch.zeros(1, 4, 8, 8)
-        with torch.inference_mode():
-            return guider.sample(noise_like(latent.shape), latent, sampler, sigmas)
+        return sampled_by(guider, model)
 
     reads = KINDS["effects by side"]
     plain = run(reads(exact_model()))
@@ -99,6 +106,13 @@ def test_a_controlnet_that_acts_through_the_options(cfg):
     for reuse in (True, False):
         found = outcome(pag(exact_model(), 1e-12, reuse=reuse), **settings).latents
         assert difference(found, plain) <= NOTHING
+
+
+def test_the_table_of_neighbours_has_a_row_for_each():
+    page = Path(__file__).resolve().parents[2] / "docs" / "neighbours.md"
+    rows = re.findall(r"^\| ([^|]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows[0] == "Kind"
+    assert rows[1:] == list(KINDS)
 
 
 # State and settings.
@@ -208,12 +222,7 @@ def test_a_guider_that_hands_on_an_uncond_that_it_never_evaluated(side, caplog):
     def run(model):
         guider = Skipping(model)
         guider.set_conds(conditioning(1), conditioning(2))
-        sampling = model.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 3)
-        sampler = comfy.samplers.sampler_object("euler")
-        latent = torch.zeros(1, 4, 8, 8)
-        with torch.inference_mode():
-            return guider.sample(noise_like(latent.shape), latent, sampler, sigmas)
+        return sampled_by(guider, model)
 
     assert torch.equal(run(seg(tiny_model(), branch=side)), run(tiny_model()))
     assert caplog.text.count("made no uncond prediction") == 1
@@ -267,10 +276,9 @@ def as_an_object(model):
 
 def by_blocks(model):
     model = model.clone()
-    for name in ("input_blocks.3", "middle_block", "output_blocks.0"):
-        layer = f"diffusion_model.{name}.1.transformer_blocks.0"
-        block = model.get_model_object(layer)
-        model.add_object_patch(layer, torch.compile(block, backend="eager"))
+    layer = "diffusion_model.middle_block.1.transformer_blocks.0"
+    block = model.get_model_object(layer)
+    model.add_object_patch(layer, torch.compile(block, backend="eager"))
     return model
 
 
@@ -279,8 +287,10 @@ def by_blocks(model):
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_compiled_network_is_guided_eagerly(compiled, order):
     torch._dynamo.reset()
-    expected = outcome(seg(exact_model(), sigma=2.0), steps=2)
-    model = exact_model()
+    small = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [0],
+             "transformer_depth_output": [0, 0]}  # fmt: skip
+    expected = outcome(seg(exact_model("sd15", **small), sigma=2.0), steps=2)
+    model = exact_model("sd15", **small)
     guided = (
         seg(compiled(model), sigma=2.0) if order == "before" else compiled(seg(model, sigma=2.0))
     )

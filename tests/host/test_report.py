@@ -6,6 +6,7 @@ import builtins
 import importlib
 import logging
 import math
+import statistics
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_the_summary_has_five_lines_that_name_what_ran():
         assert needed in lines[0]
     assert "times the push of cfg" in lines[1]
     assert "variance" in lines[2]
-    assert "Extra passes: 4." in lines[3]
+    assert "Extra predictions: 4. 4 made in the plain call of the model" in lines[3]
     assert "Nothing to warn of" in lines[4]
 
 
@@ -125,11 +126,28 @@ def test_the_numbers_of_the_summary_are_those_of_the_record():
     assert f"from {before:.2f} to {after:.2f}" in text
 
 
+def test_time_is_that_of_whole_steps_and_compared_only_with_steps_of_the_same_run():
+    record = record_of(seg(shared_model(), start=0.6), steps=6)
+    guided = [step.milliseconds for step in record.steps if step.branches]
+    plain = [step.milliseconds for step in record.steps if not step.branches]
+    assert len(guided) > 1
+    assert len(plain) > 2
+    expected = statistics.median(guided), statistics.median(plain[1:])
+    assert part("report_text").times(record) == pytest.approx(expected)
+    text = part("report_text").summary(record, 1, True)
+    assert "a step without guidance" in text
+    assert f"({expected[0] / expected[1]:.2f} times)" in text
+    text = words(seg(shared_model()), steps=2)
+    assert "no other step to compare it with" in text
+    assert "times)" not in text.split("\n")[4]
+    assert "A step took" in words(shared_model(), steps=2)
+
+
 CASES = {
     "cfg 1": ({}, {"cfg": 1.0}, "no cfg to compare with"),
-    "no reuse": ({"reuse": False}, {}, "computed whole (2 because reuse is off)"),
+    "no reuse": ({"reuse": False}, {}, "2 in whole passes (2 because reuse is off)"),
     "empty window": ({"start": 1.0}, {}, "had no effect"),
-    "free": ({"branch": "free"}, {}, "No extra pass"),
+    "free": ({"branch": "free"}, {}, "No extra prediction"),
 }
 
 
@@ -196,7 +214,13 @@ def test_a_guided_run_ends_in_one_line_with_blocks_steps_passes_and_time(caplog)
     sample(seg(shared_model()), size=SIZE, steps=3)
     (line,) = guided_lines(caplog)
     assert line.levelno == logging.INFO
-    for needed in ("m0", "3 of 3 model evaluations guided", "shared", "full passes", "ms per eval"):
+    for needed in (
+        "m0",
+        "3 of 3 model evaluations guided",
+        "plain call",
+        "whole pass",
+        "ms per eval",
+    ):
         assert needed in line.message
 
 

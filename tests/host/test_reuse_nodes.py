@@ -14,6 +14,7 @@ import comfy.sd
 import pytest
 import torch
 from host_models import COMMON, PACK, conditioning, noise_like, sample, seg
+from neighbours import in_pieces, regrouped
 from reuse_checks import (
     both,
     core_node,
@@ -380,18 +381,6 @@ def wrapped(kind, wrapper):
     return around
 
 
-def pieces(apply_model, args):
-    """Run a latent in two pieces, as tiling nodes do."""
-    x, t, c = args["input"], args["timestep"], args["c"]
-    half = x.shape[-1] // 2
-    return torch.cat([apply_model(part, t, **c) for part in (x[..., :half], x[..., half:])], dim=-1)
-
-
-def with_function_wrapper(model):
-    model.set_model_unet_function_wrapper(pieces)
-    return model
-
-
 def fresh_patches(executor, model, conds, x, timestep, options):
     """Install a patch made anew for each batch of conds, as some nodes do."""
     transformer_options = dict(options["transformer_options"])
@@ -419,7 +408,7 @@ DIFFERENT = {
     "another latent": wrapped(
         WRAPPERS.PREDICT_NOISE, lambda executor, x, *rest: executor(1.01 * x, *rest)
     ),
-    "the latent in pieces": with_function_wrapper,
+    "the latent in pieces": in_pieces,
     "patches made anew": wrapped(WRAPPERS.CALC_COND_BATCH, fresh_patches),
 }
 
@@ -433,28 +422,14 @@ def test_what_others_do_to_a_call_is_done_to_the_rows_that_join_it(name, cfg):
     require_effect(lambda: DIFFERENT[name](exact_model()), than=on, cfg=cfg, batch=2)
 
 
-def regrouped(apply_model, args):
-    """Run the pieces of all conds in one call, as nodes that tile do: piece by piece."""
-    x, t, c = args["input"], args["timestep"], dict(args["c"])
-    half = x.shape[-1] // 2
-    c["c_crossattn"] = c["c_crossattn"].repeat(2, 1, 1)
-    c["y"] = c["y"].repeat(2, 1)
-    out = apply_model(torch.cat([x[..., :half], x[..., half:]]), t.repeat(2), **c)
-    return torch.cat(out.chunk(2), dim=-1)
-
-
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
 def test_rows_that_another_node_regroups_are_never_taken_for_a_cond_s_own(cfg):
-    def around(model):
-        model.set_model_unet_function_wrapper(regrouped)
-        return model
-
-    on, off = both(around=around, cfg=cfg)
+    on, off = both(around=regrouped, cfg=cfg)
     require_equal(on, off)
     if cfg > 1:
         assert on.reasons == {"another node regroups the rows"}
         assert on.evaluated["output", 0] < 3 * (4 + 2 + 2), "no rows are made for nobody"
-    require_effect(lambda: around(exact_model()), than=on, cfg=cfg)
+    require_effect(lambda: regrouped(exact_model()), than=on, cfg=cfg)
 
 
 @pytest.mark.parametrize("cfg", [7.0, 1.0])

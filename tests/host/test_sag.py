@@ -192,10 +192,11 @@ def test_a_batch_mate_does_not_change_an_image():
     assert distance(both[:1], alone) < 1e-5
 
 
+@pytest.mark.parametrize("cfg", [7.0, 1.0])
 @pytest.mark.parametrize("order", ["seg first", "sag first"])
-def test_beside_seg_the_guidances_add(order):
+def test_beside_seg_the_guidances_add(order, cfg):
     model = tiny_model()
-    one = {"cfg": 7.0, "steps": 1, "size": (16, 16)}
+    one = {"cfg": cfg, "steps": 1, "size": (16, 16)}
     off = sample(model, **one)
     both = sag(seg(model)) if order == "seg first" else seg(sag(model))
     apart = (sample(seg(model), **one) - off) + (sample(sag(model), **one) - off) + off

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ....seg_core import Target
 from ..calls.blocks import growing
 from ..calls.call import Call
 from ..calls.compiled import eagerly
@@ -166,16 +167,18 @@ class MainPass:
         rows = Rows(inner.rows, joins)
         sites = self._sites(call, rows)
         options = dict(inner.options)
+
+        def present(target: Target) -> int:
+            return rows.present(view.fork(target))
+
         with ExitStack() as stack:
             for branch in self.step.active:
                 if branch.watches:
                     options = stack.enter_context(
-                        watch(branch, self.step.run, view, call, options, self.step.shape)
+                        watch(branch, self.step.run, view, call, options, self.step.shape, present)
                     )
             if sites:
-                changed = view.changed(
-                    call, options, list(sites.values()), lambda t: rows.present(view.fork(t))
-                )
+                changed = view.changed(call, options, list(sites.values()), present)
                 options = dict(stack.enter_context(changed))
             if joins:
                 inner_wide = inner.mapped(rows.widened)

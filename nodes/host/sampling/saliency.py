@@ -15,7 +15,7 @@ import torch
 
 from ....seg_core import Target, TokenGrid, column_mass, degrade, spread_mass
 from ..calls.call import Call
-from ..networks.view import Options, View
+from ..networks.view import Options, Present, View
 from ..settings.branch import Branch
 from ..settings.perturbation import InputBlur
 from .run import Run
@@ -30,7 +30,13 @@ class Mass:
 
 
 def watch(
-    branch: Branch, run: Run, view: View, call: Call, options: Options, shape: torch.Size
+    branch: Branch,
+    run: Run,
+    view: View,
+    call: Call,
+    options: Options,
+    shape: torch.Size,
+    present: Present,
 ) -> AbstractContextManager[Options]:
     """Measure the attention of the conds of one call of the main pass."""
     blur = branch.perturbation
@@ -46,7 +52,7 @@ def watch(
         )
 
     def keep(target: Target, q: torch.Tensor, k: torch.Tensor, heads: int, grid: TokenGrid) -> None:
-        frames = q.shape[0] // len(options["uuids"]) // call.chunk_rows
+        frames = q.shape[0] // present(target)
         for chunk in chunks:
             rows = slice(call.rows(chunk).start * frames, call.rows(chunk).stop * frames)
             masses = run.masses.setdefault((blur, call.uuids[chunk]), {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def changed_attention(
     unet: Any, options: Options, sites: list[Site], present: Callable[[Target], int]
 ) -> Iterator[Options]:
     """Change the attention of some rows for the length of one call."""
-    change = Change(unet, sites, present, short=not _minds_token_count(options))
+    change = Change(unet, sites, present, partial(_minds_token_count, options))
     targets = change.targets(SmoothQueries, SeeItself)
 
     def attend(target: Target, q: Any, k: Any, v: Any, extra: Options, attend: Attend) -> Any:
@@ -102,12 +103,14 @@ def _replacement(
     return replacement
 
 
-def _minds_token_count(options: Options) -> bool:
-    """Tell whether another node works on the self-attention's rows and expects all of them."""
+def _minds_token_count(options: Options, target: Target) -> bool:
+    """Tell whether somebody works on a self-attention's rows and expects all of them."""
     patches = options.get("patches", {})
+    table = options.get("patches_replace", {}).get("attn1", {})
+    block = (target.part, target.index)
     return bool(
         patches.get("attn1_patch")
         or patches.get("attn1_output_patch")
-        or options.get("patches_replace", {}).get("attn1")
+        or table.keys() & {block, (*block, target.transformer)}
         or options.get("optimized_attention_override")
     )

@@ -38,12 +38,16 @@ class Change:
     """
 
     def __init__(
-        self, unet: Any, sites: list[Site], present: Callable[[Target], int], *, short: bool
+        self,
+        unet: Any,
+        sites: list[Site],
+        present: Callable[[Target], int],
+        minded: Callable[[Target], bool],
     ) -> None:
         self.place = Place(unet)
         self._sites = sites
         self._present = present
-        self._short = short
+        self._minded = minded
         self._lanes: list[Lane] = []
         self._tokens = torch.empty(0)
 
@@ -54,15 +58,12 @@ class Change:
 
     def attended(self) -> dict[Target, None]:
         """Return the targets whose attention must be computed by `attend`."""
-        drawn = self.targets(SeeItself)
-        if not self._short:
-            return drawn
         short = [s for s in self._sites if getattr(s.perturbation.change, "one_query", False)]
-        targets = [t for site in short for t in site.perturbation.targets]
+        targets = [t for site in short for t in site.perturbation.targets if not self._minded(t)]
         lengths_differ = {
             t: None for t in targets if len(parts_of(self._sites, self._present(t), 1)) > 1
         }
-        return drawn | lengths_differ
+        return self.targets(SeeItself) | lengths_differ
 
     def before(
         self, tokens: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra: Options
@@ -86,7 +87,7 @@ class Change:
         own = tokens[part.rows]
         short = False
         for site in part.sites:
-            alone = self._short and len(part.sites) == 1
+            alone = len(part.sites) == 1 and not self._minded(target)
             change = site.perturbation.change
             if isinstance(change, SeeItself):
                 short = alone and not change.needs_map
