@@ -257,6 +257,16 @@ def test_what_acts_in_the_plain_pass_says_so_where_its_wrappers_are_gone(guided,
     model.wrappers = {}
     assert torch.equal(sample(model, steps=3), sample(tiny_model(), steps=3))
     assert caplog.text.count("taken this pack's sampling wrappers off") == 1
+    assert "has no effect" in caplog.text
+
+
+def test_a_network_whose_class_was_exchanged_is_known_by_its_parts():
+    model = tiny_model()
+    network = model.model.diffusion_model
+    expected = sample(seg(model), steps=2)
+    members = {"forward": type(network).forward, "_forward": type(network)._forward}
+    network.__class__ = type("Exchanged", (torch.nn.Module,), members)
+    assert torch.equal(sample(seg(model), steps=2), expected)
 
 
 # Compiled otherwise than by ComfyUI's node.

@@ -38,12 +38,14 @@ def calm_previews(monkeypatch):
     monkeypatch.setattr(part("sweep").ui, "PreviewImage", Shown)
 
 
-def compare(sigmas="off, infinite", scales="3", blocks="auto", *, batch=1, cfg=4.0, steps=1):
+def compare(
+    sigmas="off, infinite", scales="3", blocks="auto", *, model=None, batch=1, cfg=4.0, steps=1
+):
     latent = {"samples": torch.zeros(batch, 4, *SIZE)}
     with torch.inference_mode():
         return part("sweep").SEGuidanceSweep.execute(
-            shared_model(), conditioning(1), conditioning(2), latent, FlatVAE(), sigmas, scales,
-            5, steps, cfg, "euler", "normal", 1.0, blocks,
+            model or shared_model(), conditioning(1), conditioning(2), latent, FlatVAE(), sigmas,
+            scales, 5, steps, cfg, "euler", "normal", 1.0, blocks,
         )  # fmt: skip
 
 
@@ -163,3 +165,8 @@ def test_long_labels_are_made_to_fit():
     sheet = pictures.labelled_grid([[image, image]], ["a rather long label", "b"], ["left"])
     assert sheet.width > 2 * 64
     assert sheet.height > 40
+
+
+def test_a_model_that_is_guided_already_is_refused():
+    with pytest.raises(ValueError, match="guided already by Smoothed Energy Guidance"):
+        compare(model=seg(shared_model()))

@@ -122,14 +122,16 @@ def _with_perturbed(
 
 def _misses_main_pass(branch: Branch, step: Step) -> bool:
     """Tell whether a branch acts in the plain predictions, and another node keeps it out."""
-    if step.has_main_pass or not (branch.side == "free" or branch.watches):
+    acts_there = branch.side == "free" or branch.watches
+    if step.has_main_pass or (step.run.report.steps and not acts_there):
         return False
+    label = branch.perturbation.label
+    effect = "has no effect: it acts in the plain predictions" if acts_there else "is slower"
     step.run.report.warn_once(
-        f"{branch.perturbation.label} has no effect: it acts while the plain predictions are made, "
-        "and another node has taken this pack's sampling wrappers off the model. Put that node "
-        "before this one."
+        f"{label} {effect}, because another node has taken this pack's sampling wrappers off the "
+        "model. Put that node before this one."
     )
-    return True
+    return acts_there
 
 
 def _side(branch: Branch, run: Run, args: Args) -> str | None:
