@@ -1,4 +1,4 @@
-"""Development-only ComfyUI pack: a tiny diffusion model of digits and its nodes.
+"""Development-only ComfyUI pack: a tiny diffusion model of butterflies and its nodes.
 
 It lets the guidance nodes of this repository be tried and pictured in seconds on a CPU,
 with no model download. It is not part of what users install.

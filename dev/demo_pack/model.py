@@ -15,19 +15,19 @@ import comfy.utils
 from .weights import load_config, load_unet_state
 
 
-class PixelGray(comfy.latent_formats.LatentFormat):
-    """One-channel pixels in [-1, 1]: the latent picture is the picture."""
+class PixelColour(comfy.latent_formats.LatentFormat):
+    """RGB pixels in [-1, 1]: the latent picture is the picture."""
 
-    latent_channels = 1
+    latent_channels = 3
     spacial_downscale_ratio = 1
-    latent_rgb_factors: ClassVar = [[1.0, 1.0, 1.0]]
+    latent_rgb_factors: ClassVar = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
 
 
 class DemoModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI asks of a supported model's configuration."""
 
     unet_extra_config: ClassVar = {}
-    latent_format = PixelGray
+    latent_format = PixelColour
     memory_usage_factor = 1.0
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ from .weights import load_class_tokens, load_config
 CATEGORY = "SEG demo"
 CLASS_NAMES = load_config()["class_names"]
 IMAGE_SIZE = load_config()["image_size"]
+CHANNELS = load_config()["channels"]
 INTERPOLATION = {"nearest": "nearest-exact", "bicubic": "bicubic"}
 
 
 class SEGDemoModelLoader(io.ComfyNode):
-    """Loads the embedded model of handwritten digits."""
+    """Loads the embedded model of butterflies."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -27,7 +28,7 @@ class SEGDemoModelLoader(io.ComfyNode):
             node_id="SEGDemoModelLoader",
             display_name="SEG Demo Model Loader",
             category=CATEGORY,
-            description="A tiny diffusion model of handwritten digits, 32x32 pixels.",
+            description="A tiny diffusion model of butterflies, 32x32 pixels.",
             inputs=[],
             outputs=[io.Model.Output(display_name="model")],
         )
@@ -39,7 +40,7 @@ class SEGDemoModelLoader(io.ComfyNode):
 
 
 class SEGDemoPrompt(io.ComfyNode):
-    """Turns the choice of a digit into conditioning."""
+    """Turns the choice of a colour into conditioning."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,7 +49,7 @@ class SEGDemoPrompt(io.ComfyNode):
             node_id="SEGDemoPrompt",
             display_name="SEG Demo Prompt",
             category=CATEGORY,
-            description="What the demo model is to draw: one digit, or nothing in particular.",
+            description="The colour of the butterfly, or nothing in particular.",
             inputs=[io.Combo.Input("prompt", options=CLASS_NAMES, default=CLASS_NAMES[0])],
             outputs=[io.Conditioning.Output(display_name="conditioning")],
         )
@@ -72,7 +73,7 @@ class SEGDemoEmptyLatent(io.ComfyNode):
             node_id="SEGDemoEmptyLatent",
             display_name="SEG Demo Empty Latent",
             category=CATEGORY,
-            description="An empty one-channel picture; the model was trained at 32x32.",
+            description="An empty RGB picture; the model was trained at 32x32.",
             inputs=[
                 io.Int.Input("width", **size),
                 io.Int.Input("height", **size),
@@ -83,9 +84,9 @@ class SEGDemoEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        """Return zeros with one channel and no downscaling."""
+        """Return zeros with three channels and no downscaling."""
         samples = torch.zeros(
-            (batch_size, 1, height, width),
+            (batch_size, CHANNELS, height, width),
             device=comfy.model_management.intermediate_device(),
         )
         return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})
@@ -113,19 +114,24 @@ class SEGDemoDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples: dict[str, Any], scale: int, method: str) -> io.NodeOutput:
         """Return the pictures as RGB in [0, 1]."""
-        pictures = samples["samples"].float()
-        if pictures.ndim != 4 or pictures.shape[1] != 1:
+        pictures = samples["samples"]
+        if pictures.ndim != 4 or pictures.shape[1] != CHANNELS:
             raise ValueError(
-                "SEG Demo Decode needs latents of the demo model, (batch, 1, height, width); "
+                "SEG Demo Decode needs latents of the demo model, (batch, 3, height, width); "
                 f"these are {tuple(pictures.shape)}."
             )
-        if scale > 1:
-            pictures = torch.nn.functional.interpolate(
-                pictures, scale_factor=scale, mode=INTERPOLATION[method]
-            )
-        pictures = ((pictures + 1.0) * 0.5).clamp(0.0, 1.0)
-        images = pictures.movedim(1, -1).repeat(1, 1, 1, 3)
+        images = decoded(pictures, scale, method)
         return io.NodeOutput(images.to(comfy.model_management.intermediate_device()))
+
+
+def decoded(pictures: torch.Tensor, scale: int, method: str) -> torch.Tensor:
+    """Return latent pictures, enlarged, as images ``(batch, height, width, 3)`` in [0, 1]."""
+    pictures = pictures.float()
+    if scale > 1:
+        pictures = torch.nn.functional.interpolate(
+            pictures, scale_factor=scale, mode=INTERPOLATION[method]
+        )
+    return ((pictures + 1.0) * 0.5).clamp(0.0, 1.0).movedim(1, -1)
 
 
 class PixelVAE:
@@ -137,10 +143,7 @@ class PixelVAE:
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Return the pictures as RGB in [0, 1]."""
-        pictures = torch.nn.functional.interpolate(
-            samples.float(), scale_factor=self.scale, mode=INTERPOLATION[self.method]
-        )
-        return ((pictures + 1.0) * 0.5).clamp(0.0, 1.0).movedim(1, -1).repeat(1, 1, 1, 3)
+        return decoded(samples, self.scale, self.method)
 
 
 class SEGDemoVAE(io.ComfyNode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS_PATH = Path(__file__).resolve().parent / "weights.safetensors"
+SHIPPED = Path(__file__).resolve().parent / "weights.safetensors"
+WEIGHTS_PATH = Path(os.environ.get("SEG_DEMO_WEIGHTS") or SHIPPED)  # another state of training
 UNET_PREFIX = "diffusion_model."
 TOKENS_KEY = "class_tokens"
 

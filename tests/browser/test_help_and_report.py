@@ -138,7 +138,7 @@ def report_graph() -> dict:
 
     return {
         "1": node("SEGDemoModelLoader"),
-        "2": node("SEGDemoPrompt", prompt="3"),
+        "2": node("SEGDemoPrompt", prompt="blue"),
         "3": node("SEGDemoPrompt", prompt="nothing"),
         "4": node("SEGDemoEmptyLatent", width=32, height=32, batch_size=1),
         "5": node(

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from dev.demo_model import config as declared
+from dev.demo_model import train
+
 DEV = Path(__file__).resolve().parents[2] / "dev"
 WEIGHTS = DEV / "demo_pack" / "weights.safetensors"
 LOG = DEV / "demo_model" / "train.log"
 MAX_BYTES = 5_000_000
-STEP_LINE = re.compile(r"^step=(\d+) loss=([0-9.]+) lr=([0-9.]+) seconds=([0-9.]+)$")
-
-pytestmark = pytest.mark.skipif(
-    not DEV.is_dir(), reason="the development folder is not part of this copy"
-)
+STEP_LINE = re.compile(r"^step=(\d+) loss=([0-9.]+) seconds=([0-9.]+)$")
 
 
 def _import_file(name, path):
@@ -26,12 +25,6 @@ def _import_file(name, path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def train():
-    """The training script as a module; it needs nothing but the standard library."""
-    return _import_file("seg_demo_train", DEV / "demo_model" / "train.py")
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +43,17 @@ def tensors(header):
 
 @pytest.fixture(scope="module")
 def steps():
-    """The log's step lines as tuples of step, loss, rate and seconds."""
+    """The log's step lines as tuples of step, loss and seconds."""
     matches = [STEP_LINE.match(line) for line in LOG.read_text(encoding="ascii").splitlines()]
-    return [(int(m[1]), m[2], float(m[3]), float(m[4])) for m in matches if m]
+    return [(int(m[1]), m[2], float(m[3])) for m in matches if m]
 
 
 def test_weights_are_small():
     assert WEIGHTS.stat().st_size <= MAX_BYTES
 
 
-def test_header_config_is_what_the_script_declares(train, header):
-    assert json.loads(header["__metadata__"]["config"]) == train.CONFIG
+def test_header_config_is_what_the_code_declares(header):
+    assert json.loads(header["__metadata__"]["config"]) == declared.CONFIG
 
 
 def test_tensors_are_half_precision_and_counted(header, tensors):
@@ -69,14 +62,14 @@ def test_tensors_are_half_precision_and_counted(header, tensors):
     assert count == int(header["__metadata__"]["parameters"])
 
 
-def test_class_tokens_fit_the_config(train, tensors):
-    config = train.CONFIG
+def test_class_tokens_fit_the_config(tensors):
+    config = declared.CONFIG
     assert tensors["class_tokens"]["shape"] == [
         len(config["class_names"]),
         config["context_tokens"],
         config["unet_config"]["context_dim"],
     ]
-    assert config["class_names"][train.NULL_CLASS] == "nothing"
+    assert config["class_names"][declared.NULL_CLASS] == "nothing"
 
 
 def test_every_tensor_belongs_to_the_model(tensors):
@@ -84,23 +77,23 @@ def test_every_tensor_belongs_to_the_model(tensors):
     assert others == ["class_tokens"]
 
 
-def test_self_attention_sits_in_the_middle_block_only(train, tensors):
+def test_self_attention_sits_in_the_middle_block_only(tensors):
     blocks = {name.split(".attn1.")[0] for name in tensors if ".attn1." in name}
-    depth = train.CONFIG["unet_config"]["transformer_depth_middle"]
+    depth = declared.CONFIG["unet_config"]["transformer_depth_middle"]
     prefix = "diffusion_model.middle_block.1.transformer_blocks"
     assert blocks == {f"{prefix}.{index}" for index in range(depth)}
 
 
-def test_log_ends_at_the_last_step_with_the_header_loss(train, header, steps):
+def test_log_ends_at_the_last_step_with_the_header_loss(header, steps):
     metadata = header["__metadata__"]
     last = steps[-1]
-    assert last[0] == train.CONFIG["training"]["steps"]
+    assert last[0] == declared.CONFIG["training"]["steps"]
     assert last[1] == metadata["final_loss"]
-    assert last[3] == pytest.approx(float(metadata["train_seconds"]), abs=1.0)
+    assert last[2] == pytest.approx(float(metadata["train_seconds"]), abs=1.0)
 
 
 def test_log_shows_that_the_loss_fell(steps):
-    assert float(steps[-1][1]) < 0.5 * float(steps[0][1])
+    assert float(steps[-1][1]) < 0.3 * float(steps[0][1])
 
 
 def test_log_counts_the_parameters(header):
@@ -108,11 +101,11 @@ def test_log_counts_the_parameters(header):
     assert f"parameters={header['__metadata__']['parameters']} " in first
 
 
-def test_pack_reads_its_own_weights(train):
+def test_pack_reads_its_own_weights():
     pytest.importorskip("safetensors")
     torch = pytest.importorskip("torch")
     weights = _import_file("seg_demo_weights", DEV / "demo_pack" / "weights.py")
-    assert weights.load_config() == train.CONFIG
+    assert weights.load_config() == declared.CONFIG
     tokens = weights.load_class_tokens()
     assert tokens.dtype == torch.float32
     assert bool(torch.isfinite(tokens).all())
@@ -121,7 +114,7 @@ def test_pack_reads_its_own_weights(train):
     assert all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
-def test_weights_fit_comfyui_unet(train):
+def test_weights_fit_comfyui_unet():
     """The names and shapes are those of ComfyUI's own class, where there is one."""
     if "comfy" not in sys.modules and importlib.util.find_spec("comfy") is None:
         pytest.skip("ComfyUI is not importable")
