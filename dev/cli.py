@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="render the comparison off / 1 / 4 / infinite"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure what guidance does to images"))
     test = commands.add_parser(
         "test", help="run every test; arguments go to pytest", allow_abbrev=False
     )
@@ -57,6 +58,20 @@ def _size(text: str) -> tuple[int, int]:
     return size
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like 1,2,3, got {text}") from None
+    if min(numbers) <= 0:
+        raise argparse.ArgumentTypeError(f"numbers must be above 0, got {text}")
+    return numbers
+
+
+def _sigmas(text: str) -> tuple[float, ...]:
+    return _numbers(text.replace("infinite", "inf"))
+
+
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--checkpoint", metavar="FILE", help="an SD1.5 or SDXL checkpoint of yours")
     demo.add_argument("--prompt", metavar="TEXT", help="prompt of the second row")
@@ -66,10 +81,32 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", metavar="FILE", help="where to write the PNG")
 
 
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("--images", type=int, help="images for each setting")
+    evaluate.add_argument("--steps", type=int, help="sampling steps")
+    evaluate.add_argument("--out", metavar="FOLDER", help="where the tables and pictures go")
+    evaluate.add_argument(
+        "--weights", nargs="+", metavar="FILE", help="states of the demo model, to compare"
+    )
+    own = evaluate.add_argument_group("your own checkpoint; stop and start again as you like")
+    own.add_argument("--checkpoint", metavar="FILE", help="an SD1.5 or SDXL checkpoint of yours")
+    own.add_argument("--reference", metavar="FOLDER", help="images as they should be")
+    own.add_argument("--prompts", metavar="FILE", help="one prompt a line; without it, no prompt")
+    own.add_argument("--size", type=_size, metavar="WxH", help="image size, 512x512 if not given")
+    own.add_argument("--cfg", type=float, help="cfg; 5 with prompts, 1 without, if not given")
+    own.add_argument("--sigmas", type=_sigmas, metavar="LIST", help="such as 2,10,infinite")
+    own.add_argument("--scales", type=_numbers, metavar="LIST", help="such as 1,3")
+    own.add_argument(
+        "--features",
+        choices=("random", "inception"),
+        help="what images are compared in; inception is FID and needs torch-fidelity",
+    )
+
+
 def main(arguments: list[str]) -> int:
     """Run one command and return the exit status."""
     options, rest = parser().parse_known_args(arguments)
-    if rest and options.command in ("demo", "serve"):
+    if rest and options.command in ("demo", "evaluate", "serve"):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from dev import graphs
+from dev.evaluation import checkpoint, demo, measures, settings
+from dev.evaluation.render import Plan, pictures, render
 from dev.host import Server, execution_error, refusal
 from dev.places import PACK_FOLDER
 
@@ -143,8 +145,33 @@ def test_bad_input_names_node_and_cause_and_the_server_goes_on(host, names, guid
 
 def test_the_demo_model_is_guided_too(host):
     part = graphs.columns(graphs.comparison())[graphs.INFINITE]
-    graph = graphs.for_demo_model(part, "3", size=32, batch=1)
+    graph = graphs.for_demo_model(part, "blue", size=32, batch=1)
     graph = graphs.with_sampling(graph, cfg=1.0, seed=1, steps=4)
     guided = pixels(host, host.run(graph))
     plain = pixels(host, host.run(graphs.without_guidance(graph)))
     assert np.abs(guided - plain).max() > 1
+
+
+def test_every_setting_of_the_evaluation_guides_the_demo_model(host, tmp_path):
+    plan = Plan(demo.sources, ["blue"], 3, 2.0, batch=2)
+    jobs = {each.name: plan.jobs(each, range(2), tmp_path, "") for each in settings.demo_grid()}
+    render(host, [job for each in jobs.values() for job in each], 60.0)
+    images = {
+        name: np.stack(list(pictures(job.files))) for name, (job,) in jobs.items() if job.is_done()
+    }
+    assert images.keys() == jobs.keys()
+    plain = images.pop(graphs.OFF)
+    assert plain.shape == (2, 32, 32, 3)
+    assert plain.std() > 0.1
+    for name, guided in images.items():
+        assert measures.moved(guided, plain) > 0.005, name
+
+
+def test_the_evaluation_samples_a_checkpoint(host, names, tmp_path):
+    plan = Plan(checkpoint.sources(names["checkpoint"], (64, 96)), ["a cat"], 2, 4.0)
+    grid = settings.checkpoint_grid([1.0, float("inf")], [3.0])
+    jobs = [plan.jobs(each, range(1), tmp_path, "")[0] for each in grid]
+    render(host, jobs, 300.0)
+    plain, *guided = (next(pictures(job.files)) for job in jobs)
+    assert plain.shape == (96, 64, 3)
+    assert all(np.abs(each - plain).max() > 0 for each in guided)

@@ -138,6 +138,13 @@ def test_contrast_notices_a_washed_out_picture(fresh):
     np.testing.assert_allclose(measures.contrast(pale), 0.7 * measures.contrast(fresh), rtol=1e-5)
 
 
+def test_raising_the_contrast_gives_back_what_washing_out_took(fresh):
+    pale = 0.5 + 0.5 * (fresh - 0.5)
+    raised = measures.with_contrast(pale, float(measures.contrast(fresh).mean()))
+    assert measures.contrast(raised).mean() == pytest.approx(measures.contrast(fresh).mean(), 0.02)
+    assert np.abs(raised - fresh).mean() < 0.5 * np.abs(pale - fresh).mean()
+
+
 def test_contrast_is_the_spread_of_luma_alone():
     picture = np.zeros((1, 2, 2, 3))
     picture[0, 0] = [1.0, 0.0, 0.0]

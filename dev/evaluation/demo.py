@@ -1,0 +1,203 @@
+"""The evaluation on the demo model, whose data is a formula: right is known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dev.comfy_tree import host_tree, version_of
+from dev.demo_model import butterflies
+from dev.evaluation import report
+from dev.evaluation.features import RandomFeatures
+from dev.evaluation.measures import Gaussian, contrast, saturation, with_contrast
+from dev.evaluation.render import Plan, duration, pictures, render, token_of
+from dev.evaluation.report import PM
+from dev.evaluation.settings import Setting, demo_grid, reported_grid
+from dev.graphs import OFF, Graph
+from dev.host import Server
+from dev.places import ARTIFACTS, DEMO_PACK, made_folder
+from dev.say import Failure, disk_errors, say, step
+
+WEIGHTS = DEMO_PACK / "weights.safetensors"
+IMAGES = ARTIFACTS / "evaluate" / "images"
+BATCH = 64
+IMAGES_EACH = 128
+STEPS = 20
+CFG = 2.0
+NOTHING = "nothing"
+REFERENCE = 4096  # pictures, so many that their own chance hardly counts
+REFERENCE_SEED = 1
+FLOOR_SEED = 100
+CHOOSING, REPORTING = 1_000_000, 2_000_000  # first seeds; the two sets never meet
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One table: which settings, on which seeds, with which sampling."""
+
+    title: str
+    settings: Sequence[Setting]
+    seeds: range
+    plan: Plan
+
+
+def sources(prompt: str, batch: int) -> Graph:
+    """Return the nodes around the sampler; pictures leave at their own size."""
+    size = {"width": butterflies.SIZE, "height": butterflies.SIZE}
+    nodes: dict[str, tuple[str, dict[str, Any]]] = {
+        "model": ("SEGDemoModelLoader", {}),
+        "positive": ("SEGDemoPrompt", {"prompt": prompt}),
+        "negative": ("SEGDemoPrompt", {"prompt": NOTHING}),
+        "latent": ("SEGDemoEmptyLatent", {**size, "batch_size": batch}),
+        "decode": ("SEGDemoDecode", {"scale": 1, "method": "nearest"}),
+    }
+    return {key: {"class_type": name, "inputs": inputs} for key, (name, inputs) in nodes.items()}
+
+
+class Judge:
+    """The data, in pictures and in features, against which the demo model is measured."""
+
+    def __init__(self) -> None:
+        """Draw the reference and fit the features to it."""
+        self._real = drawn(REFERENCE_SEED, REFERENCE)
+        self.features = RandomFeatures(self._real)
+        gaussian = Gaussian.of(self.features.reference)
+        self._data = report.Data(
+            gaussian,
+            float(contrast(self._real).mean()),
+            float(saturation(self._real).mean()),
+            unit=gaussian.trace,
+            mirrored=True,
+        )
+
+    def data(self, count: int) -> report.Data:
+        """Return the reference, with the floor for so many pictures."""
+        fresh = (drawn(FLOOR_SEED + index, count) for index in range(report.FLOORS))
+        floor = tuple(self._data.distance(self.features(images)) for images in fresh)
+        return replace(self._data, floor=floor)
+
+    def rows(self, stage: Stage, files: Mapping[str, Sequence[Path]]) -> list[report.Row]:
+        """Measure the rendered settings of a stage, also brought to the data's contrast."""
+        images = {name: np.stack(list(pictures(each))) for name, each in files.items()}
+        features = {name: self.features(each) for name, each in images.items()}
+        matched = {
+            name: self.features(with_contrast(each, self._data.contrast))
+            for name, each in images.items()
+        }
+        data = self.data(len(stage.seeds))
+        return report.measured(stage.settings, images, features, data, matched)
+
+
+def drawn(seed: int, count: int) -> np.ndarray:
+    """Return pictures of the data, rounded to 8 bits as rendered ones are."""
+    images = butterflies.as_images(butterflies.sample_data(seed, count)[0])
+    return (images * 255.0).round() / np.float32(255.0)
+
+
+def rendered(host: Server, stage: Stage, token: str) -> dict[str, list[Path]]:
+    """Render a stage and return the files of each setting, in the order of the seeds."""
+    step(stage.title)
+    jobs = {each.name: stage.plan.jobs(each, stage.seeds, IMAGES, token) for each in stage.settings}
+    render(host, [job for each in jobs.values() for job in each], stage.plan.seconds)
+    return {name: [file for job in each for file in job.files] for name, each in jobs.items()}
+
+
+def plan(prompts: Sequence[str], cfg: float, options: argparse.Namespace) -> Plan:
+    """Return the sampling of a stage."""
+    return Plan(sources, prompts, options.steps or STEPS, cfg, BATCH)
+
+
+def counts(options: argparse.Namespace) -> tuple[int, int]:
+    """Return how many pictures settings are chosen on and reported on."""
+    reported = options.images or IMAGES_EACH
+    if reported % BATCH or reported < 2 * BATCH:
+        raise Failure(f"--images must be a multiple of {BATCH} from {2 * BATCH} up.")
+    return max(2 * BATCH, reported // 2 // BATCH * BATCH), reported
+
+
+def evaluate(options: argparse.Namespace, out: Path) -> int:
+    """Choose settings on one set of seeds, report on another, with and without a prompt."""
+    begin = time.monotonic()
+    few, many = counts(options)
+    tree = host_tree()
+    token = token_of(WEIGHTS, version_of(tree) or "", by_content=True)
+    step(f"Drawing {REFERENCE} butterflies as the reference")
+    judge = Judge()
+    grid = demo_grid()
+    bare, asked = (
+        plan([NOTHING], 1.0, options),
+        plan(list(butterflies.HUES), CFG, options),
+    )
+    choosing = Stage("Choosing", grid, range(CHOOSING, CHOOSING + few), bare)
+    step("Starting ComfyUI (about 15 s)")
+    with Server(tree, demo=True) as host:
+        choice = report.chosen(judge.rows(choosing, rendered(host, choosing, token)), grid)
+        seeds = range(REPORTING, REPORTING + many)
+        reporting = Stage("No prompt, cfg 1", reported_grid(choice), seeds, bare)
+        picked = [each for each in grid if each.name in (OFF, *choice.values())]
+        title = f"Prompts {', '.join(butterflies.HUES)}, cfg {CFG:g}"
+        prompted = Stage(title, picked, seeds, asked)
+        shown = {stage.title: rendered(host, stage, token) for stage in (reporting, prompted)}
+    floor = judge.data(many).floor
+    parts = [_head(few, many, options.steps or STEPS, floor)]
+    kept: dict[str, Any] = {"chosen": choice, "floor": floor}
+    for stage in (reporting, prompted):
+        rows = judge.rows(stage, shown[stage.title])
+        kept[stage.title] = [asdict(row) for row in rows]
+        parts += [f"## {stage.title}", report.table(rows, list(choice.values()))]
+        parts.append("Of what *off* is above the floor, and of its mirror error:")
+        parts.append("\n".join(report.verdict(rows, choice, float(np.mean(floor)))))
+    publish(out, "evaluation", "\n\n".join(parts) + "\n", kept, shown[reporting.title])
+    say(f"({duration(time.monotonic() - begin)} in all)")
+    return 0
+
+
+def _head(few: int, many: int, steps: int, floor: Sequence[float]) -> str:
+    return (
+        "# What guidance does to the demo model's butterflies\n\n"
+        f"Made by `python dev.py evaluate`. {many} pictures a row, the same seeds in every row, "
+        f"{steps} Euler steps. Bold: the best of its method on {few} other seeds. Distances are "
+        f"shares of the data's variance in {RandomFeatures.note}; {report.FLOORS} samples of the "
+        f"data of that size are {np.mean(floor):.4f} {PM} {np.std(floor, ddof=1):.4f} away (the "
+        "floor). Mirror error: 0 is symmetric, 1 is halves that tell nothing of one another. "
+        "Contrast and saturation: 1 is the data's. *Contrast equal* is the distance after the "
+        "pictures of every row have been stretched to the data's contrast: what remains is not "
+        f"contrast. After {PM} stands one standard error over seeds (paired bootstrap for the "
+        "change from *off*)."
+    )
+
+
+def publish(
+    out: Path, name: str, text: str, figures: Any, files: Mapping[str, Sequence[Path]]
+) -> None:
+    """Print the report and keep it with its figures and, if there are files, a contact sheet."""
+    say("\n" + text)
+    if files:
+        text += f"\n![The first seeds of every row]({name}.jpg)\n"
+    with disk_errors(out):
+        made_folder(out)
+        (out / f"{name}.md").write_text(text, encoding="utf-8", newline="\n")
+        kept = json.dumps(rounded(figures), indent=1) + "\n"
+        (out / f"{name}.json").write_text(kept, encoding="utf-8", newline="\n")
+        if files:
+            sheet = {key: list(pictures(each[: report.SHOWN])) for key, each in files.items()}
+            report.contact_sheet(sheet).save(out / f"{name}.jpg", quality=85, optimize=True)
+    say(f"Kept as {name}.* in {out}")
+
+
+def rounded(figures: Any) -> Any:
+    """Return nested figures with as many places as mean something."""
+    if isinstance(figures, float):
+        return round(figures, 5)
+    if isinstance(figures, Mapping):
+        return {name: rounded(each) for name, each in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [rounded(each) for each in figures]
+    return figures

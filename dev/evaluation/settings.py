@@ -1,0 +1,107 @@
+"""The guidance settings that an evaluation compares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dev.graphs import GUIDANCE, OFF
+
+SAG, PAG = "SEGuidanceSAG", "SEGuidancePAG"
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+SAG_BLUR = 2.0  # the node's default, in latent cells
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One guidance node with its inputs; no node is *off*.
+
+    Attributes:
+        name: what tables and pictures call it.
+        method: `off`, `SAG`, `PAG` or `SEG`.
+        node: the node's id, or None.
+        inputs: of the node, but for the model.
+        chooses: False for a variant that shows something but is not a candidate.
+    """
+
+    name: str
+    method: str
+    node: str | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    chooses: bool = True
+
+
+def off() -> Setting:
+    """Return sampling without guidance."""
+    return Setting(OFF, OFF)
+
+
+def sag(scale: float) -> Setting:
+    """Return Self-Attention Guidance at a scale."""
+    return Setting(
+        f"SAG scale {scale:g}", "SAG", SAG, {"scale": scale, "blur_sigma": SAG_BLUR, **WHOLE}
+    )
+
+
+def pag(scale: float) -> Setting:
+    """Return Perturbed-Attention Guidance at a scale."""
+    return Setting(f"PAG scale {scale:g}", "PAG", PAG, {"scale": scale, **WHOLE})
+
+
+def seg(sigma: float, scale: float, **more: Any) -> Setting:
+    """Return Smoothed Energy Guidance; `more` are other inputs of its node."""
+    blur = {"infinite_blur": math.isinf(sigma), "blur_sigma": 0.0 if math.isinf(sigma) else sigma}
+    words = ", ".join(f"{name} {value:g}" for name, value in more.items())
+    name = f"SEG {'infinite' if math.isinf(sigma) else f'sigma {sigma:g}'}, scale {scale:g}"
+    inputs = {"scale": scale, **blur, **WHOLE, **more}
+    return Setting(f"{name}, {words}" if words else name, "SEG", GUIDANCE, inputs, not more)
+
+
+def demo_grid() -> list[Setting]:
+    """Return what is compared on the demo model."""
+    return [
+        off(),
+        *(sag(scale) for scale in (0.25, 0.5, 0.75, 1.5)),
+        *(pag(scale) for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
+        *(seg(sigma, scale) for sigma in (1.0, 2.0, 4.0) for scale in (0.25, 0.5, 1.0)),
+        *(seg(math.inf, scale) for scale in (0.1, 0.25, 0.5, 1.0, 3.0)),
+        seg(math.inf, 3.0, rescale=0.7),
+        seg(math.inf, 3.0, end_percent=0.5),
+    ]
+
+
+def reported_grid(choice: Mapping[str, str]) -> list[Setting]:
+    """Return what is shown on other seeds: the chosen, and both sweeps through them.
+
+    Args:
+        choice: for each method the name of its chosen setting, see `demo_grid`.
+    """
+    known = {each.name: each for each in demo_grid()}
+    best = [known[name] for name in choice.values()]
+    scale = next((each.inputs["scale"] for each in best if each.method == "SEG"), 1.0)
+    sweeps = [
+        pag(3.0),
+        *(seg(sigma, scale) for sigma in (1.0, 2.0, 4.0)),
+        *(each for each in known.values() if each.inputs.get("infinite_blur")),
+    ]
+    return list({each.name: each for each in (off(), *best, *sweeps)}.values())
+
+
+def history_grid() -> list[Setting]:
+    """Return what is compared at every state of training."""
+    inf = math.inf
+    scales = (0.1, 0.25, 0.5, 1.0, 3.0)
+    return [off(), pag(1.0), seg(1.0, 1.0), *(seg(inf, scale) for scale in scales)]
+
+
+def shown_grid() -> list[Setting]:
+    """Return the columns of `dev.py demo`: what `evaluate` chose, and what is too much."""
+    return [off(), seg(2.0, 0.25), seg(math.inf, 0.5), seg(math.inf, 3.0)]
+
+
+def checkpoint_grid(sigmas: Sequence[float], scales: Sequence[float]) -> list[Setting]:
+    """Return what is compared on a person's checkpoint: the paper's rivals at one setting each."""
+    own = [seg(sigma, scale) for scale in scales for sigma in sigmas]
+    return [off(), sag(0.75), pag(3.0), *own]
