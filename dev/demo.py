@@ -1,4 +1,4 @@
-"""`dev.py demo`: the comparison off / sigma 1 / sigma 4 / infinite, through the real server."""
+"""`dev.py demo`: the same seeds without and with guidance, through the real server."""
 
 from __future__ import annotations
 
@@ -8,33 +8,26 @@ import io
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dev import graphs
 from dev.comfy_tree import host_tree
+from dev.demo_model import butterflies
+from dev.demo_picture import Row, report, write_picture
+from dev.evaluation.settings import shown_grid
 from dev.host import Server, link_file, refusal
-from dev.places import ARTIFACTS, DEMO_PACK, made_folder
-from dev.say import Failure, disk_errors, say, step
+from dev.places import ARTIFACTS, DEMO_PACK
+from dev.say import Failure, say, step
 
 COLUMNS = (graphs.OFF, "sigma 1", "sigma 4", graphs.INFINITE)
-DEMO_SIZE = 32
+DEMO_SIZE = butterflies.SIZE
 DEMO_BATCH = 9
-DEMO_PROMPTS = ("nothing", *"0123456789")
+DEMO_STEPS = 20
+DEMO_CFG = 2.0
+CFG = 4.0
+DEMO_PROMPTS = ("nothing", *butterflies.HUES)
 SHOWN = ("ComfyUI version", "Device:", "loaded completely", "WARNING", "ERROR")
-
-
-@dataclass
-class Row:
-    """One row of the picture: a prompt and a cfg, and the images of each column."""
-
-    label: str
-    caption: str
-    prompt: str
-    cfg: float
-    images: dict[str, list[Any]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -51,8 +44,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         for row in rows:
             _render(host, row, options, checkpoint)
     out = Path(options.out or ARTIFACTS / "demo.png").resolve()
-    _write_picture(rows, out, _title(options, checkpoint))
-    _report(rows)
+    write_picture(rows, out, _title(options, checkpoint))
+    report(rows)
     say(f"\nThe picture: {out}\n({time.monotonic() - begin:.0f} s in all)")
     return 0
 
@@ -73,30 +66,43 @@ def _checkpoint(options: argparse.Namespace) -> Path | None:
 def _rows(options: argparse.Namespace, checkpoint: Path | None) -> list[Row]:
     prompt = options.prompt
     if checkpoint is None:
-        prompt = prompt or "3"
+        prompt = prompt or "blue"
         if prompt not in DEMO_PROMPTS:
             choices = ", ".join(DEMO_PROMPTS)
             raise Failure(f"The demo model knows the prompts {choices}; it got {prompt!r}.")
     prompt = prompt or "a photograph of a lighthouse on a cliff, evening light"
-    nothing = "nothing" if checkpoint is None else ""
+    nothing, cfg = ("nothing", DEMO_CFG) if checkpoint is None else ("", CFG)
     return [
         Row("no prompt, cfg 1", "no prompt, cfg 1", nothing, 1.0),
-        Row("prompt, cfg 4", f'cfg 4, prompt "{prompt}"', prompt, 4.0),
+        Row(f"prompt, cfg {cfg:g}", f'cfg {cfg:g}, prompt "{prompt}"', prompt, cfg),
     ]
 
 
-def _render(host: Server, row: Row, options: argparse.Namespace, checkpoint: Path | None) -> None:
+def _columns(checkpoint: Path | None) -> dict[str, graphs.Graph]:
+    """Return a workflow for each column: the shipped one's, or what `evaluate` found to show."""
     parts = graphs.columns(graphs.comparison())
     for column in COLUMNS:
         if column not in parts:
             raise Failure(f"The shipped comparison has no column {column!r}.")
+    if checkpoint is not None:
+        return {column: parts[column] for column in COLUMNS}
+    guided = {
+        each.name: graphs.with_guidance(parts[graphs.INFINITE], **each.inputs)
+        for each in shown_grid()
+        if each.node == graphs.GUIDANCE
+    }
+    return {graphs.OFF: parts[graphs.OFF], **guided}
+
+
+def _render(host: Server, row: Row, options: argparse.Namespace, checkpoint: Path | None) -> None:
+    steps = options.steps
+    for column, part in _columns(checkpoint).items():
         if checkpoint is None:
-            graph = graphs.for_demo_model(
-                parts[column], row.prompt, size=DEMO_SIZE, batch=DEMO_BATCH
-            )
+            steps = steps or DEMO_STEPS
+            graph = graphs.for_demo_model(part, row.prompt, size=DEMO_SIZE, batch=DEMO_BATCH)
         else:
-            graph = graphs.for_checkpoint(parts[column], checkpoint.name, row.prompt, options.size)
-        graph = graphs.with_sampling(graph, cfg=row.cfg, seed=options.seed, steps=options.steps)
+            graph = graphs.for_checkpoint(part, checkpoint.name, row.prompt, options.size)
+        graph = graphs.with_sampling(graph, cfg=row.cfg, seed=options.seed, steps=steps)
         progress = _progress(f"{row.label} | {column}")
         begin = time.monotonic()
         found = asyncio.run(_run_watched(host, graph, progress))
@@ -173,73 +179,5 @@ def _opened(data: bytes) -> Any:
 
 
 def _title(options: argparse.Namespace, checkpoint: Path | None) -> str:
-    source = checkpoint.name if checkpoint else "embedded demo model (digits)"
-    return f"Smoothed Energy Guidance, scale 3 - {source} - the same seed {options.seed} everywhere"
-
-
-def moved(images: list[Any], off: list[Any]) -> float:
-    """Return the RMS difference from *off*, as a share of the contrast (std) of *off*."""
-    import numpy as np
-
-    changed, plain = (np.stack([np.asarray(i, dtype=np.float64) for i in s]) for s in (images, off))
-    return float(np.sqrt(((changed - plain) ** 2).mean()) / max(plain.std(), 1e-12))
-
-
-def _report(rows: list[Row]) -> None:
-    say("\nseconds per image (the first column of the first row also loads the model),")
-    say("and how far the column moved from *off*: RMS difference / contrast of *off*")
-    say(f"{'':<18}" + "".join(f"{column:>18}" for column in COLUMNS))
-    for row in rows:
-        cells = (
-            f"{row.seconds[column]:8.2f} s {moved(row.images[column], row.images[graphs.OFF]):7.1%}"
-            for column in COLUMNS
-        )
-        say(f"{row.label:<18}" + "".join(f"{cell:>18}" for cell in cells))
-
-
-def _write_picture(rows: list[Row], out: Path, title: str) -> None:
-    from PIL import Image, ImageDraw, ImageFont
-
-    sheets = [[_sheet(row.images[column]) for column in COLUMNS] for row in rows]
-    width, height = sheets[0][0].size
-    scale = max(1, round(300 / max(width, height)))
-    width, height = width * scale, height * scale
-    font, small = (ImageFont.load_default(size) for size in (22, 18))
-    gap, head, strip = 12, 84, 34
-    size = (gap + len(COLUMNS) * (width + gap), head + len(rows) * (height + strip + gap))
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((gap, 10), _fitted(draw, title, size[0] - 2 * gap, font), "black", font)
-    for x, column in enumerate(COLUMNS):
-        left = gap + x * (width + gap)
-        draw.text((left + width / 2, head - 14), column, "black", font, anchor="ms")
-        for y, row in enumerate(rows):
-            top = head + y * (height + strip + gap)
-            picture.paste(
-                sheets[y][x].resize((width, height), Image.Resampling.NEAREST), (left, top)
-            )
-            away = moved(row.images[column], row.images[graphs.OFF])
-            note = row.caption if x == 0 else f"{away:.0%} from off"
-            draw.text((left, top + height + 6), _fitted(draw, note, width, small), "black", small)
-    with disk_errors(out):
-        made_folder(out.parent)
-        picture.save(out)
-
-
-def _fitted(draw: Any, text: str, width: int, font: Any) -> str:
-    while draw.textlength(text, font) > width and len(text) > 4:
-        text = text[:-4].rstrip() + "..."
-    return text
-
-
-def _sheet(images: list[Any]) -> Any:
-    """Return the images of one batch side by side, as nearly square as they go."""
-    from PIL import Image
-
-    across = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
-    down = -(-len(images) // across)
-    width, height = images[0].size
-    sheet = Image.new("RGB", (across * (width + 2) - 2, down * (height + 2) - 2), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % across * (width + 2), index // across * (height + 2)))
-    return sheet
+    source = f"scale 3 - {checkpoint.name}" if checkpoint else "the demo model (blur, scale)"
+    return f"Smoothed Energy Guidance - {source} - the same seed {options.seed} everywhere"

@@ -92,6 +92,14 @@ def with_sampling(graph: Graph, *, cfg: float, seed: int, steps: int | None) -> 
     return changed
 
 
+def with_guidance(graph: Graph, **settings: Any) -> Graph:
+    """Return the graph with these settings of its guidance node."""
+    changed = copy.deepcopy(graph)
+    for _, inputs in of_class(changed, GUIDANCE):
+        inputs.update(settings)
+    return changed
+
+
 def prompt_nodes(graph: Graph) -> tuple[set[str], set[str]]:
     """Return the ids of the text encoders that feed `positive` and `negative` inputs."""
     sides: dict[str, set[str]] = {"positive": set(), "negative": set()}

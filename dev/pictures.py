@@ -25,7 +25,7 @@ from dev.say import Failure, say
 
 DEMO = ROOT / "docs" / "demo.png"
 WORKFLOWS = ROOT / "example_workflows"
-GREYS = 32
+COLOURS = 256
 SHRINK = 0.75
 WINDOW = {"width": 1400, "height": 1400}  # cards are square
 THUMBNAIL = (560, 560)
@@ -63,10 +63,12 @@ def demo() -> None:
         command = python_command(ROOT / "dev.py", "demo", "--out", made)
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             raise Failure("The demo did not run, so there is no picture.")
-        picture = Image.open(made).convert("L")
+        picture = Image.open(made).convert("RGB")
     size = [round(side * SHRINK) for side in picture.size]
     made_folder(DEMO.parent)
-    picture.resize(size, Image.Resampling.LANCZOS).quantize(GREYS).save(DEMO, optimize=True)
+    picture.resize(size, Image.Resampling.LANCZOS).quantize(COLOURS, kmeans=1).save(
+        DEMO, optimize=True
+    )
     say(f"{DEMO}: {DEMO.stat().st_size // 1024} KiB")
 
 
