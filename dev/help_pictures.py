@@ -25,7 +25,7 @@ BANNER = ROOT / "docs" / "banner.png"
 BLUE, ORANGE, DARK, LIGHT = "#4cc9f0", "#f9844a", "#1b1b1f", "#f0f0f0"
 SEED = 11
 BATCH = 4
-SCALE = 3.0
+SCALE = 0.25  # what `dev.py evaluate` finds right for so small a model
 GRID = (16, 24)
 Graph = dict[str, dict[str, Any]]
 
@@ -110,8 +110,8 @@ def comparison(host: Server) -> dict[str, list[Any]]:
     images = _images(host, graph, "save")
     columns = {name: images[i * BATCH : (i + 1) * BATCH] for i, name in enumerate(names)}
     words = [name if name in ("off", "infinite") else f"sigma {name}" for name in names]
-    _write("comparison", _table(columns.values(), words))
-    _write("compare_node", _images(host, graph, "grid")[0])
+    _write("comparison", _table(columns.values(), words), colours=256)
+    _write("compare_node", _images(host, graph, "grid")[0], colours=256)
     return columns
 
 
@@ -126,8 +126,8 @@ def relatives(host: Server) -> None:
             blur_sigma=10.0,
             **window,
         ),
-        "PAG": node("SEGuidancePAG", scale=3.0, **window),
-        "SAG": node("SEGuidanceSAG", scale=0.75, blur_sigma=2.0, **window),
+        "PAG": node("SEGuidancePAG", scale=0.5, **window),
+        "SAG": node("SEGuidanceSAG", scale=0.25, blur_sigma=2.0, **window),
     }
     columns = {"off": "model", "SEG": "SEG", "PAG": "PAG", "SAG": "SAG"}
     for name, model in columns.items():
@@ -148,16 +148,16 @@ def relatives(host: Server) -> None:
         ]
         for name in columns
     ]
-    _write("relatives", _table(rows, list(columns)))
+    _write("relatives", _table(rows, list(columns)), colours=256)
 
 
 def report(host: Server) -> None:
     """Draw what SEG Report shows of a run with cfg and half a window."""
-    guidance = {"scale": 3.0, "infinite_blur": False, "blur_sigma": 1.0}
-    graph = _sources("3", 1) | {
+    guidance = {"scale": 0.5, "infinite_blur": False, "blur_sigma": 1.0}
+    graph = _sources("blue", 1) | {
         "seg": node("SEGuidance", model=["model", 0], start_percent=0, end_percent=0.8, **guidance),
         "probe": node("SEGuidanceProbe", model=["seg", 0]),
-        "sampler": _sampled("probe", 4.0),
+        "sampler": _sampled("probe", 2.0),
         "decode": node("SEGDemoDecode", samples=["sampler", 0], scale=8, method="bicubic"),
         "report": node(
             "SEGuidanceReport", probe=["probe", 1], latent=["sampler", 0], image=["decode", 0]
@@ -171,7 +171,7 @@ def report(host: Server) -> None:
     sheet = _new(sum(one.width for one in maps) + 8 * (len(maps) - 1), maps[0].height)
     for index, one in enumerate(maps):
         sheet.paste(one, (index * (one.width + 8), 0))
-    _write("report_maps", sheet, colours=160)
+    _write("report_maps", sheet, colours=256)
 
 
 # Diagrams
@@ -332,7 +332,7 @@ def banner(columns: Mapping[str, list[Any]]) -> None:
         for index, image in enumerate(columns[name][:4]):
             place = (left + index % 2 * (small + 8), top + index // 2 * (small + 8))
             sheet.paste(image.resize((small, small), Image.Resampling.LANCZOS), place)
-    sheet.quantize(128).save(BANNER, optimize=True)
+    sheet.quantize(256, kmeans=1).save(BANNER, optimize=True)
     _say(BANNER)
 
 
@@ -365,7 +365,7 @@ def _table(columns: Any, words: list[str]) -> Any:
 
 def _write(name: str, picture: Any, *, colours: int = 64) -> None:
     path = PAGES / f"{name}.png"
-    picture.convert("RGB").quantize(colours).save(path, optimize=True)
+    picture.convert("RGB").quantize(colours, kmeans=1).save(path, optimize=True)
     _say(path)
 
 
