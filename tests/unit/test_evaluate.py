@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import re
 from pathlib import Path
@@ -261,3 +262,30 @@ def test_lists_of_numbers_are_checked(text, capsys):
 def test_infinite_is_a_sigma():
     options = cli.parser().parse_args(["evaluate", "--sigmas", "2,infinite"])
     assert options.sigmas == (2.0, math.inf)
+
+
+# What the README says
+
+
+def test_the_figures_of_the_readme_come_from_the_report():
+    root = Path(__file__).resolve().parents[2]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    kept = json.loads((root / "docs" / "evaluation.json").read_text(encoding="utf-8"))
+    rows = {each["name"]: each for each in kept["No prompt, cfg 1"]}
+    names = [OFF, *(kept["chosen"][each] for each in ("SAG", "PAG", "SEG"))]
+    names.append("SEG infinite, scale 0.25")
+    for part in ("distance", "matched", "mirror"):
+        figures = [rows[name][part] for name in names]
+        cells = [f"{each['value']:.3f} {report.PM} {each['error']:.3f}" for each in figures]
+        assert f"| {' | '.join(cells)} |" in readme
+    best, floor = rows[kept["chosen"]["SEG"]], float(np.mean(kept["floor"]))
+    for part, whole in (("distance", floor), ("mirror", 0.0)):
+        above = rows[OFF][part]["value"] - whole
+        share, error = -best[part]["change"] / above, best[part]["change_error"] / above
+        assert f"{share:.0%} {report.PM} {error:.0%}" in " ".join(readme.split())
+
+
+def test_the_demo_shows_what_the_evaluation_chose():
+    root = Path(__file__).resolve().parents[2]
+    kept = json.loads((root / "docs" / "evaluation.json").read_text(encoding="utf-8"))
+    assert settings.shown_grid()[1].name == kept["chosen"]["SEG"]
