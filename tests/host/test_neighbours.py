@@ -10,12 +10,14 @@ import re
 import weakref
 from pathlib import Path
 
+import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
+from dit_models import TINY, available, tiny_dit
 from host_models import PACK, conditioning, noise_like, sample, seg, tiny_model
 from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, wrapped
-from reuse_checks import difference, exact_model, outcome, require_equal
+from reuse_checks import difference, exact_model, outcome, part, require_equal
 
 NOTHING = 1e-6
 SETTINGS = {"size": (8, 12), "steps": 4}
@@ -93,7 +95,9 @@ def test_conds_on_three_sides_under_a_nested_guider():
     reads = KINDS["effects by side"]
     plain = run(reads(exact_model()))
     for reuse in (True, False):
-        assert difference(run(pag(reads(exact_model()), 1e-12, reuse=reuse)), plain) <= NOTHING
+        for side in ("conditional", "unconditional"):
+            model = pag(reads(exact_model()), 1e-12, branch=side, reuse=reuse)
+            assert difference(run(model), plain) <= NOTHING
 
 
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
@@ -113,6 +117,69 @@ def test_the_table_of_neighbours_has_a_row_for_each():
     rows = re.findall(r"^\| ([^|]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert rows[0] == "Kind"
     assert rows[1:] == list(KINDS)
+
+
+class Objects(torch.nn.Module):
+    """As GLIGEN: objects at places of the image, for as many rows as the prompt has."""
+
+    def set_position(self, shape, params, device):
+        places = noise_like((shape[0], 1, 1), 9).to(device) + params[0]
+        return lambda x, extra: x + 0.3 * places.to(x.dtype) * (len(x) == len(places) or 1 / 0)
+
+    def set_empty(self, shape, device):
+        return self.set_position(shape, [0.0], device)
+
+
+@pytest.mark.parametrize("cfg", [7.0, 1.0])
+def test_objects_that_a_prompt_places(cfg):
+    cpu = torch.device("cpu")
+    gligen = comfy.model_patcher.ModelPatcher(Objects(), load_device=cpu, offload_device=cpu)
+    positive = conditioning(1, gligen=("position", gligen, [1.0]))
+    settings = {"positive": positive, "cfg": cfg, "batch": 2}
+    plain = outcome(exact_model(), **settings).latents
+    for reuse in (True, False):
+        found = outcome(pag(exact_model(), 1e-12, reuse=reuse), **settings)
+        assert difference(found.latents, plain) <= NOTHING
+    assert outcome(seg(exact_model()), **settings).reasons == {
+        "GLIGEN places objects for its prompt's own rows alone"
+    }
+
+
+def test_attention_that_is_shared_over_the_batch_is_left_alone_by_whole_passes():
+    """Nothing is exact there; with `reuse` off the plain predictions keep their own mates."""
+
+    def shared(q, k, v, extra):
+        del extra
+        return q, k, 0.5 * (v + v.mean(0, keepdim=True))
+
+    model = exact_model()
+    model.set_model_attn1_patch(shared)
+    plain = outcome(model, cfg=1.0, batch=2).latents
+    found = outcome(pag(model, 1e-12, reuse=False), cfg=1.0, batch=2).latents
+    assert difference(found, plain) <= NOTHING
+    assert torch.isfinite(outcome(seg(model), cfg=7.0, batch=2).latents).all()
+
+
+def test_a_node_that_runs_the_network_by_itself(caplog):
+    """As caches of features do: nothing of ours is reached, and no pass is paid."""
+    calls = []
+
+    def by_itself(apply_model, args):
+        network = apply_model.__self__.diffusion_model
+        calls.append(len(args["input"]))
+        x, context, y = (
+            t.to(network.dtype) for t in (args["input"], args["c"]["c_crossattn"], args["c"]["y"])
+        )
+        out = network(x, args["timestep"], context=context, y=y)
+        return args["input"] - 0.1 * out.float()
+
+    model = exact_model()
+    model.set_model_unet_function_wrapper(by_itself)
+    plain = outcome(model, steps=3).latents
+    paid, calls[:] = len(calls), []
+    assert torch.equal(outcome(seg(model), steps=3).latents, plain)
+    assert len(calls) == paid
+    assert caplog.text.count("ran the network by itself") == 1
 
 
 # State and settings.
@@ -267,6 +334,17 @@ def test_a_network_whose_class_was_exchanged_is_known_by_its_parts():
     members = {"forward": type(network).forward, "_forward": type(network)._forward}
     network.__class__ = type("Exchanged", (torch.nn.Module,), members)
     assert torch.equal(sample(seg(model), steps=2), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if available(kind)])
+def test_a_transformer_whose_class_was_exchanged_is_known_by_its_model(kind):
+    families = part("networks.dit.known")
+    model = tiny_dit(kind)
+    known = families.family_of(model.model.diffusion_model, None)
+    network = model.model.diffusion_model
+    network.__class__ = type("Exchanged", (torch.nn.Module,), {})
+    assert known is not None
+    assert families.family_of(network, model.model) is known
 
 
 # Compiled otherwise than by ComfyUI's node.

@@ -12,14 +12,14 @@ from .view import View
 _ISSUES = "https://github.com/seg-guidance/smoothed-energy-guidance/issues"
 
 
-def view_of(network: Any) -> View | None:
-    """Return the guidance view of a network, compiled or not; None if it is of no known kind.
+def view_of(network: Any, model: Any) -> View | None:
+    """Return the guidance view of a model's network, compiled or not; None if of no known kind.
 
     Raises:
         ValueError: if its family is known to be out of reach; says why.
     """
     network = eager(network)
-    return UNet(network) if UNet.is_one(network) else DiT.of(network)
+    return UNet(network) if UNet.is_one(network) else DiT.of(network, model)
 
 
 def network_of(model: Any, label: str) -> View:
@@ -33,7 +33,7 @@ def network_of(model: Any, label: str) -> View:
         ValueError: if no self-attention of the network can be reached; names the network.
     """
     network = model.get_model_object("diffusion_model")
-    view = view_of(network)
+    view = view_of(network, model.model)
     if view is not None:
         return view
     raise ValueError(

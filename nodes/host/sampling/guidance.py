@@ -86,6 +86,12 @@ def _compared(branch: Branch, step: Step, args: Args) -> tuple[torch.Tensor, tor
     if args[side] is None:  # as DualCFGGuider at cfg 1 and 1; the report says it had no effect
         run.report.guided[branch] += 1
         return None
+    if step.has_main_pass and not step.labels:
+        run.report.warn_once(
+            f"{branch.perturbation.label}: another node ran the network by itself in a step, out "
+            "of reach. It pauses there."
+        )
+        return None
     prediction = step.prediction(args, side)
     compared = step.prediction(args, "cond") if branch.side == "free" else prediction
     if prediction is None or compared is None or not torch.is_tensor(args["denoised"]):
@@ -95,6 +101,8 @@ def _compared(branch: Branch, step: Step, args: Args) -> tuple[torch.Tensor, tor
         )
         return None
     if branch.side == "free":
+        if step.freed.isdisjoint(run.wanted[branch]):
+            return None  # a guider's first step: other conds were perturbed than are compared
         run.report.guided[branch] += 1
         return compared, prediction
     return _with_perturbed(branch, step, args, side, prediction)

@@ -22,7 +22,6 @@ from ..calls.trees import joined, map_tensors
 from ..networks.view import View
 from ..settings.branch import Branch
 from .aside import REGROUPED, KeptControl, Prediction
-from .run import Run
 from .saliency import watch
 from .step import Step
 
@@ -84,7 +83,7 @@ class MainPass:
         if not wanted:
             return []
         each = [(branch, chunk) for chunk, branches in wanted.items() for branch in branches]
-        obstacle = _obstacle(step.run, call)
+        obstacle = self._obstacle(call)
         if obstacle:
             self._say_why(call, each, obstacle)
             return []
@@ -108,6 +107,14 @@ class MainPass:
             batches.append(Batch(part, self._joins(part, here)))
         return batches if any(batch.joins for batch in batches) else []
 
+    def _obstacle(self, call: Call) -> str:
+        """Return why no rows can join a call; empty if they can."""
+        if call.is_compiled:
+            return "the model is compiled"
+        if call.options.get("patches", {}).get("middle_patch", []) != self.step.middle_patches:
+            return "GLIGEN places objects for its prompt's own rows alone"
+        return self.step.run.view(call.model).obstacle(call)
+
     def _say_why(self, call: Call, those: list[tuple[Branch, int]], why: str) -> None:
         for branch, chunk in those:
             key = (branch, call.uuids[chunk], call.place)
@@ -117,7 +124,7 @@ class MainPass:
     def _joins(self, call: Call, those: list[tuple[Branch, int]]) -> list[Join]:
         if not those:
             return []
-        view = self.step.run.view(call.model.diffusion_model)
+        view = self.step.run.view(call.model)
         by_branch = sorted(those, key=lambda one: self.step.active.index(one[0]))
         return [self._join(call, view, branch, chunk) for branch, chunk in by_branch]
 
@@ -131,7 +138,7 @@ class MainPass:
 
     def _free_on(self, uuid: Hashable) -> list[Branch]:
         free = [b for b in self.step.active if b.side == "free"]
-        return [b for b in free if uuid in self.step.likely(b)]
+        return [b for b in free if uuid in self.step.wanted(b)]
 
     def _keep_control(self, call: Call, batches: list[Batch]) -> None:
         """Keep what ControlNets gave for conds of which a whole pass will be made."""
@@ -163,7 +170,7 @@ class MainPass:
 
     def _run_batch(self, call: Call, joins: list[Join], inner: NetworkCall) -> Any:
         """Run the network with the rows that join it, and put those aside."""
-        view = self.step.run.view(inner.network)
+        view = self.step.run.view(call.model)
         rows = Rows(inner.rows, joins)
         sites = self._sites(call, rows)
         options = dict(inner.options)
@@ -195,9 +202,10 @@ class MainPass:
         where: dict[Branch, list[slice]] = {}
         for branch in self.step.active:
             if branch.side == "free":
-                likely = self.step.likely(branch)
-                own = [call.rows(i) for i, uuid in enumerate(call.uuids) if uuid in likely]
+                whose = self.step.wanted(branch)
+                own = [call.rows(i) for i, uuid in enumerate(call.uuids) if uuid in whose]
                 where[branch] = own if rows.plain == len(call.x) else []
+                self.step.freed.update(uuid for uuid in call.uuids if uuid in whose and own)
             else:
                 where[branch] = [rows.of(join) for join in rows.joins if join.owner is branch]
         return {branch: run.site(branch, own) for branch, own in where.items() if own}
@@ -212,12 +220,6 @@ class MainPass:
             part = map_tensors(lambda t, own=own: t[own], out)
             self.step.aside.put(self._key(call, join), Prediction(part, inner, join.source))
         return map_tensors(lambda t: t[: rows.plain], out)
-
-
-def _obstacle(run: Run, call: Call) -> str:
-    if call.is_compiled:
-        return "the model is compiled"
-    return run.view(call.model.diffusion_model).obstacle(call)
 
 
 def _room(call: Call) -> int:

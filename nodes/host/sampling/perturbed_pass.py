@@ -80,7 +80,7 @@ class PerturbedPass:
         if not isinstance(self.branch.perturbation, BlockPerturbation):
             run.report.calls[self.branch] += 1
             return inner.run()
-        view = run.view(inner.network)
+        view = run.view(call.model)
         site = run.site(self.branch, [slice(0, rows)])
         with view.changed(call, inner.options, [site], lambda _: rows) as changed:
             out = inner.replaced(transformer_options=changed).run()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ....seg_core import BlurMatrices
+from ..calls.compiled import eager
 from ..calls.site import Site
 from ..networks import view_of
 from ..networks.view import View
@@ -44,16 +45,17 @@ class Run:
         self._uuids: dict[tuple[Branch, Hashable], Hashable] = {}
         self._originals: dict[Hashable, Hashable] = {}
 
-    def view(self, network: Any) -> View:
-        """Return the view of the network that runs.
+    def view(self, model: Any) -> View:
+        """Return the view of the network of the model that runs.
 
         Raises:
             ValueError: if the network cannot be guided.
         """
+        network = eager(model.diffusion_model)
         for known, view in self._views:
             if known is network:
                 return view
-        view = view_of(network)
+        view = view_of(network, model)
         if view is None:
             raise ValueError(
                 f"The network that runs is a {type(network).__name__}, and not the one that "

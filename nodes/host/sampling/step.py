@@ -25,6 +25,8 @@ class Step:
         labels: which side the plain pass took each cond for.
         asked: the branches that asked for their prediction.
         shape: of the latent.
+        middle_patches: other nodes' patches of that name; what a call has besides is its prompt's.
+        freed: the conds whose plain predictions were perturbed themselves.
         has_main_pass: its plain predictions were made under its eyes.
         in_main_pass: calls of the model are those of the plain predictions.
         is_open: rows may join them.
@@ -41,6 +43,8 @@ class Step:
         self.asked: set[Branch] = set()
         self._evaluated_at: torch.Tensor | None = None
         self.shape = torch.Size()
+        self.middle_patches: list[Any] = []
+        self.freed = set[Hashable]()
         self.has_main_pass = False
         self.in_main_pass = self.is_open = self.is_proved = False
         self._guider = guider
@@ -48,6 +52,8 @@ class Step:
     def begin_main_pass(self, model_options: dict[str, Any], x: torch.Tensor) -> None:
         """Note under which options the plain predictions are made, and of what."""
         self.shape = x.shape
+        patches = model_options["transformer_options"].get("patches", {})
+        self.middle_patches = list(patches.get("middle_patch", []))
         self.in_main_pass = True
         self.has_main_pass = self.is_open = True
         wrappers = model_options["transformer_options"].get("wrappers", {})

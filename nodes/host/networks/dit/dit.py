@@ -17,7 +17,8 @@ from ...calls.call import Call
 from ...calls.site import Site
 from ..view import Keep, Options, Present, View
 from .attention import changed_attention
-from .families import Family, auto_range, family_of, references
+from .families import Family, auto_range, references
+from .known import family_of
 from .layout import Layout
 
 
@@ -32,13 +33,13 @@ class DiT(View):
         self.axes = family.axes
 
     @staticmethod
-    def of(network: object) -> DiT | None:
-        """Return the view of a network; None if its family is not in the table.
+    def of(network: object, model: object) -> DiT | None:
+        """Return the view of a model's network; None if its family is not in the table.
 
         Raises:
             ValueError: if its family is known to be out of reach; says why.
         """
-        family = family_of(network)
+        family = family_of(network, model)
         if family is None:
             return None
         if family.unsupported:

@@ -237,14 +237,3 @@ FAMILIES = (
            unsupported="each evaluation moves its cache of past frames on, so there can be no "
            "second one"),
 )  # fmt: skip
-
-_BY_CLASS = {f"comfy.ldm.{family.network}": family for family in FAMILIES}
-
-
-def family_of(network: object) -> Family | None:
-    """Return the row of a network; None if it is of no known family."""
-    for cls in type(network).__mro__:
-        family = _BY_CLASS.get(f"{cls.__module__}.{cls.__qualname__}")
-        if family is not None:
-            return family
-    return None
