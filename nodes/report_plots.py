@@ -124,10 +124,17 @@ def _plot_guidance(panel: Axes, record: Record) -> None:
         panel.axvspan(number - 0.5, number + 0.5, color=GRID, alpha=0.45, lw=0)
     if idle:
         panel.plot([], [], color=GRID, lw=10, label="not active")
+    where: Literal["best", "lower center"] = "best"
     if panel.lines:  # cfg may be a hundred times the guidance, so that only a log scale shows both
         panel.set_yscale("log")
+        ticker = require_matplotlib().ticker
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _legend(panel)
+        panel.yaxis.set_minor_formatter(ticker.NullFormatter())  # or it writes 4 x 10^1 there
+        low, high = panel.get_ylim()
+        panel.set_ylim(low * (low / high) ** 0.35, high)  # room for the legend
+        where = "lower center"
+    _legend(panel, where)
 
 
 def _cfg_share(step: BranchRecord) -> float:
@@ -227,10 +234,10 @@ def _kind(step: StepRecord) -> str:
     return "whole" if any(sum(b.full.values()) for b in step.branches.values()) else "joined"
 
 
-def _legend(panel: Axes, loc: Literal["best", "upper right"] = "best") -> None:
+def _legend(panel: Axes, loc: Literal["best", "lower center", "upper right"] = "best") -> None:
     handles, labels = panel.get_legend_handles_labels()
     if handles:
-        panel.legend(handles, labels, loc=loc)
+        panel.legend(handles, labels, loc=loc, ncols=3 if loc == "lower center" else 1)
     else:
         _say(panel, "nothing was guided")
 
