@@ -368,7 +368,7 @@ def test_a_pass_of_another_shape_or_device_is_not_given_what_was_put_aside():
         return x
 
     def of(x):
-        return call.NetworkCall(None, network, [x], {})
+        return call.NetworkCall(network, [x], {})
 
     x = noise_like((2, 4, 8, 8))
     kept = aside.Aside()

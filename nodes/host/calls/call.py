@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from .compiled import is_compiled
-
 # The one key under which this pack keeps its objects in ComfyUI's dictionaries.
 KEY = "smoothed_energy_guidance"
 COMPILE_KEY = "torch.compile"
@@ -76,10 +74,9 @@ class Call:
         return place_of(self.options)
 
     @property
-    def is_compiled(self) -> bool:
-        """Tell whether torch has compiled the network: graphs ignore hooks made for one call."""
-        by_node = COMPILE_KEY in self.options.get("wrappers", {}).get("apply_model", {})
-        return by_node or is_compiled(self.model.diffusion_model)
+    def is_compiled_by_node(self) -> bool:
+        """Tell whether ComfyUI's node compiles the network, for the length of this call."""
+        return COMPILE_KEY in self.options.get("wrappers", {}).get("apply_model", {})
 
 
 def place_of(options: dict[str, Any]) -> Hashable:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from .call import KEY, Call
-from .compiled import eager
+from .compiled import eager, eagerly
 from .trees import map_tensors
 
 Handler = Callable[["NetworkCall"], Any]
@@ -22,12 +22,16 @@ class NetworkCall:
     """One run of a network: what it is given, and how to run it."""
 
     def __init__(
-        self, network: Any, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
+        self,
+        run: Callable[..., Any],
+        args: list[Any],
+        kwargs: dict[str, Any],
+        names: list[str] | None = None,
     ) -> None:
-        self.network = network
         self._run = run
-        names = list(inspect.signature(getattr(run, "original", run)).parameters)
-        self._names = names[: len(args)]
+        if names is None:
+            names = list(inspect.signature(getattr(run, "original", run)).parameters)[: len(args)]
+        self._names = names
         self._args = args
         self._kwargs = kwargs
 
@@ -54,7 +58,7 @@ class NetworkCall:
     def replaced(self, **changes: Any) -> NetworkCall:
         """Return the same call with other arguments."""
         args = [changes.pop(n, v) for n, v in zip(self._names, self._args, strict=True)]
-        return NetworkCall(self.network, self._run, args, {**self._kwargs, **changes})
+        return NetworkCall(self._run, args, {**self._kwargs, **changes}, self._names)
 
     def part(self, rows: list[int] | slice) -> NetworkCall:
         """Return the same call for some rows of its batch."""
@@ -69,12 +73,20 @@ class NetworkCall:
 
 
 @contextmanager
-def handled(call: Call, handle: Handler) -> Iterator[None]:
+def handled(call: Call, handle: Handler, *, compiled: bool) -> Iterator[None]:
     """Let `handle` run the network in one model call, inside of everything that others wrap it in.
+
+    A compiled network runs as it was before.
 
     Most networks of the host run its wrappers around their forward, and ours is then the innermost.
     Those that run none are given another `forward` for the length of the call.
     """
+    with eagerly() if compiled else nullcontext(), _intercepted(call, handle):
+        yield
+
+
+@contextmanager
+def _intercepted(call: Call, handle: Handler) -> Iterator[None]:
     network = eager(call.model.diffusion_model)
     if _runs_wrappers(network):
         before = call.options
@@ -82,7 +94,7 @@ def handled(call: Call, handle: Handler) -> Iterator[None]:
         others = {k: fns for k, fns in wrappers.get(_INNERMOST, {}).items() if k != KEY}
 
         def innermost(executor: Any, *args: Any, **kwargs: Any) -> Any:
-            return handle(NetworkCall(network, executor, list(args), kwargs))
+            return handle(NetworkCall(executor, list(args), kwargs))
 
         wrappers[_INNERMOST] = {**others, KEY: [innermost]}
         call.options = {**before, "wrappers": wrappers}
@@ -93,9 +105,7 @@ def handled(call: Call, handle: Handler) -> Iterator[None]:
         return
     own = network.__dict__.get("forward")
     forward = network.forward
-    network.forward = lambda *args, **kwargs: handle(
-        NetworkCall(network, forward, list(args), kwargs)
-    )
+    network.forward = lambda *args, **kwargs: handle(NetworkCall(forward, list(args), kwargs))
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from ....seg_core import Target
 from ..calls.blocks import growing
 from ..calls.call import Call
-from ..calls.compiled import eagerly
 from ..calls.network_call import NetworkCall, handled
 from ..calls.rows import Join, Rows
 from ..calls.site import Site
@@ -52,10 +51,8 @@ class MainPass:
             self._keep_control(call, batches)
         if not (batches or any(b.side == "free" or b.watches for b in step.active)):
             return call.run()
-        with (
-            eagerly() if call.is_compiled else nullcontext(),
-            handled(call, partial(self._run, call, batches)),
-        ):
+        compiled = self.step.run.is_compiled(call)
+        with handled(call, partial(self._run, call, batches), compiled=compiled):
             out = call.run()
         for batch in batches:
             for join in batch.joins:
@@ -109,7 +106,7 @@ class MainPass:
 
     def _obstacle(self, call: Call) -> str:
         """Return why no rows can join a call; empty if they can."""
-        if call.is_compiled:
+        if self.step.run.is_compiled(call):
             return "the model is compiled"
         if call.options.get("patches", {}).get("middle_patch", []) != self.step.middle_patches:
             return "GLIGEN places objects for its prompt's own rows alone"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..calls.call import Call
-from ..calls.compiled import eagerly
 from ..calls.control import ControlStandIn
 from ..calls.network_call import NetworkCall, handled
 from ..calls.trees import joined, map_tensors
@@ -46,10 +44,8 @@ class PerturbedPass:
         """Run one model call of the perturbed pass."""
         report = self.step.run.report
         before = report.counts(self.branch)
-        with (
-            eagerly() if call.is_compiled else nullcontext(),
-            handled(call, partial(self._run, call)),
-        ):
+        compiled = self.step.run.is_compiled(call)
+        with handled(call, partial(self._run, call), compiled=compiled):
             out = call.run()
         if report.counts(self.branch) == before:
             report.cached[self.branch] += 1

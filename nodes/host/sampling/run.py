@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ....seg_core import BlurMatrices
-from ..calls.compiled import eager
+from ..calls.call import Call
+from ..calls.compiled import eager, is_compiled
 from ..calls.site import Site
 from ..networks import view_of
 from ..networks.view import View
@@ -39,6 +40,7 @@ class Run:
         self.dead: set[Branch] = set()
         """Branches whose perturbation reaches nothing in this run."""
         self.masses: dict[Hashable, dict[Any, Any]] = {}
+        self._compiled: list[tuple[Any, bool]] = []
         self._views: list[tuple[Any, View]] = []
         self._timestep: tuple[Any, float] = (None, 0.0)
         self._windows: dict[Branch, tuple[float, float]] = {}
@@ -63,6 +65,20 @@ class Run:
             )
         self._views.append((network, view))
         return view
+
+    def is_compiled(self, call: Call) -> bool:
+        """Tell whether torch has compiled a call's network: graphs ignore hooks made for one call.
+
+        Its modules are asked once a run; there are thousands.
+        """
+        if call.is_compiled_by_node:
+            return True
+        network = call.model.diffusion_model
+        for known, compiled in self._compiled:
+            if known is network:
+                return compiled
+        self._compiled.append((network, is_compiled(network)))
+        return self._compiled[-1][1]
 
     def site(self, branch: Branch, rows: Iterable[slice]) -> Site:
         """Return what a branch changes in one model call."""
