@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxtyping import Float as Float
+    from jaxtyping import Int as Int
 else:
     try:
-        from jaxtyping import Float
+        from jaxtyping import Float, Int
     except ImportError:
-        Float = None
+        Float = Int = None

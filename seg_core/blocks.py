@@ -6,11 +6,13 @@ Nothing here knows a model; the host says which blocks there are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
-from .catalogue import LETTERS, all_targets, numbered, part_names
+from .catalogue import LETTERS, numbered, part_names
 from .catalogue import Block as Block
 from .catalogue import Target as Target
+from .catalogue import all_targets as all_targets
 from .catalogue import describe as describe
 from .catalogue import describe_targets as describe_targets
 
@@ -20,6 +22,11 @@ _RANGE = r"(\d+)(?:-(\d+))?"
 _UNET_TERM = re.compile(rf"([dmu]){_RANGE}(?:\.{_RANGE})?")
 _LIST_TERM = re.compile(rf"(?:([^.,]*[^.,\d-])\.)?{_RANGE}")
 _BROKEN_NUMBER = re.compile(r"\d\s+\d")
+_HEADS = re.compile(rf"h{_RANGE}")
+_MORE_HEADS = re.compile(_RANGE)
+
+Heads: TypeAlias = tuple[int, ...] | None
+"""Numbers of heads; None for all of a layer."""
 
 
 def select(
@@ -37,7 +44,7 @@ def select(
       has one list; numbers are the model's own.
 
     Convention: case and white space do not matter, but numbers need a comma between them; empty
-    terms (a comma too many) are skipped.
+    terms (a comma too many) are skipped. Terms with heads are for `select_heads`.
 
     Args:
         selector: the text.
@@ -51,6 +58,36 @@ def select(
         ValueError: if a term does not name existing layers, or nothing is named; the message
             lists what exists.
     """
+    chosen = select_heads(selector, catalogue, auto)
+    named = next((heads for heads in chosen.values() if heads is not None), None)
+    if named is not None:
+        raise ValueError(f"heads cannot be chosen here, only whole blocks, got {selector!r}")
+    return tuple(chosen)
+
+
+def select_heads(
+    selector: str,
+    catalogue: Sequence[Block],
+    auto: Sequence[Target] = (),
+    count: Callable[[Target], int | None] = lambda _: None,
+) -> dict[Target, Heads]:
+    """Return the layers that a selector names, each with the heads of it.
+
+    As `select`, and a term may end in heads: ``m0.3:h2,5``, ``7:h0-3``; plain numbers after them
+    are heads too, up to the next term with a letter or a colon. Without them, all heads.
+
+    Args:
+        selector: the text.
+        catalogue: the model's blocks, in forward order.
+        auto: the host's choice.
+        count: number of heads of a layer, None if that is not known.
+
+    Returns:
+        The layers in forward order, each once; never empty.
+
+    Raises:
+        ValueError: as `select`, or if a layer has no such head; the message says how many it has.
+    """
     if not catalogue:
         raise ValueError("this model has no self-attention blocks that could be selected")
     if _BROKEN_NUMBER.search(selector):
@@ -60,10 +97,55 @@ def select(
     terms = [term for term in re.sub(r"\s", "", selector).lower().split(",") if term]
     if not terms:
         raise _refusal("the blocks must name at least one block, got nothing", catalogue)
-    chosen: set[Target] = set()
+    chosen: dict[Target, set[int] | None] = {}
+    for term, heads in _with_heads(terms, catalogue):
+        for target in _term_targets(term, catalogue, auto):
+            known = chosen.get(target, set())
+            chosen[target] = None if heads is None or known is None else known | heads
+            require_heads(heads or (), count(target), describe_targets([target], catalogue))
+    return {
+        target: None if (heads := chosen[target]) is None else tuple(sorted(heads))
+        for target in all_targets(catalogue)
+        if target in chosen
+    }
+
+
+def require_heads(heads: Iterable[int], count: int | None, block: str) -> None:
+    """Refuse heads that a block does not have.
+
+    Args:
+        heads: the chosen ones.
+        count: how many it has, None if that is not known.
+        block: its name.
+
+    Raises:
+        ValueError: if there is no such head; the message says how many there are.
+    """
+    wrong = [head for head in heads if count is not None and head >= count]
+    if wrong:
+        raise ValueError(
+            f"block {block} has {count} heads, 0 to {(count or 0) - 1}, so there is no head "
+            f"{wrong[0]}"
+        )
+
+
+def _with_heads(
+    terms: Iterable[str], catalogue: Sequence[Block]
+) -> list[tuple[str, set[int] | None]]:
+    """Terms without their heads, and the heads; numbers that follow heads belong to them."""
+    found: list[tuple[str, set[int] | None]] = []
     for term in terms:
-        chosen.update(_term_targets(term, catalogue, auto))
-    return tuple(target for target in all_targets(catalogue) if target in chosen)
+        if found and (known := found[-1][1]) is not None and _MORE_HEADS.fullmatch(term):
+            known.update(_ends(term, *term.split("-")))
+            continue
+        block, colon, heads = term.partition(":")
+        if not colon:
+            found.append((term, None))
+        elif listed := _HEADS.fullmatch(heads):
+            found.append((block, set(_ends(term, *listed.groups()))))
+        else:
+            raise _refusal(f"heads must be written as in {block}:h0-3, got {term!r}", catalogue)
+    return found
 
 
 def _term_targets(
@@ -114,10 +196,10 @@ def _list_name(term: str, part: str | None, catalogue: Sequence[Block]) -> str:
     return matches[0]
 
 
-def _ends(term: str, first: str, last: str | None) -> range:
+def _ends(term: str, first: str, last: str | None = None) -> range:
     low, high = int(first), int(first if last is None else last)
     if high < low:
-        raise ValueError(f"a range of blocks must run upwards, got {term!r}")
+        raise ValueError(f"a range must run upwards, got {term!r}")
     return range(low, high + 1)
 
 

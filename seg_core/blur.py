@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._shapes import Float
-from .grid import GridLike, as_grid, require_tokens
+from .grid import GridLike, as_grid, require_axes, require_tokens
 from .kernels import gaussian_matrix as gaussian_matrix
 from .kernels import require_kernel
 from .matrices import BlurMatrices as BlurMatrices
@@ -42,26 +42,30 @@ def is_identity(grid: GridLike, sigma: float, *, kernel: str = "reference") -> b
 
 
 def mean_queries(
-    query: Float[Tensor, "batch tokens dim"], grid: GridLike
-) -> Float[Tensor, "batch frames dim"]:
-    """Return each frame's mean query, the limit of infinite blur.
+    query: Float[Tensor, "batch tokens dim"], grid: GridLike, *, axes: str = "space"
+) -> Float[Tensor, "batch means dim"]:
+    """Return the mean queries along some axes, the limit of infinite blur.
 
     Convention: summed in at least float32.
 
     Args:
         query: the queries, row-major over ``grid``.
         grid: the token grid.
+        axes: ``"space"``: one for each frame; ``"time"``: one for each cell; ``"space and time"``:
+            one in all.
 
     Returns:
-        One query per frame, in the dtype of ``query``.
+        The means, in the dtype of ``query``.
 
     Raises:
-        ValueError: if the tokens do not fit the grid.
+        ValueError: if the tokens do not fit the grid, or ``axes`` is unknown.
     """
     grid = as_grid(grid)
     require_tokens(query.shape[1], grid)
+    over = [dim for dim, named in zip((2, 1), require_axes(axes), strict=True) if named]
     frames = query.reshape(query.shape[0], grid.frames, grid.cells, query.shape[2])
-    return frames.mean(dim=2, dtype=working_dtype(query)).to(query.dtype)
+    means = frames.mean(dim=over, keepdim=True, dtype=working_dtype(query))
+    return means.flatten(1, 2).to(query.dtype)
 
 
 def blur_queries(
@@ -71,40 +75,51 @@ def blur_queries(
     *,
     kernel: str = "reference",
     matrices: BlurMatrices | None = None,
+    axes: str = "space",
 ) -> Float[Tensor, "batch tokens dim"]:
-    r"""Return the queries blurred over their grid, each frame on its own.
+    r"""Return the queries blurred over their grid, each frame on its own unless asked otherwise.
 
     $$\tilde Q = B_h Q B_w^\top, \qquad \tilde Q K^\top = (B_h \otimes B_w)\, Q K^\top$$
 
+    and over time a third matrix of the same kind, $B_t$, acts on the frames.
+
     Source: SEG, arXiv:2408.00760, Proposition 3.1: blurring the queries blurs the attention
-    logits. Differs from it in: nothing.
+    logits. Differs from it in: ``axes``; the paper has images only.
 
     Convention: arithmetic in at least float32; one rounding at the end.
 
     Args:
         query: the queries, row-major over ``grid``; not written to.
         grid: ``(height, width)``, ``(frames, height, width)`` or a `TokenGrid`.
-        sigma: blur width in cells; ``0`` changes nothing, ``math.inf`` gives every token its
-            frame's mean query.
+        sigma: blur width in cells, and in frames; ``0`` changes nothing, ``math.inf`` gives every
+            token the mean query along ``axes``.
         kernel: see `gaussian_matrix`.
         matrices: the cache of the sampling run; ``None`` builds the matrices anew.
+        axes: ``"space"``, ``"time"`` or ``"space and time"``.
 
     Returns:
         The blurred queries, in the dtype and on the device of ``query``.
 
     Raises:
-        ValueError: if the tokens do not fit the grid, or as `gaussian_matrix`.
+        ValueError: if the tokens do not fit the grid, ``axes`` is unknown, or as
+            `gaussian_matrix`.
     """
     require_kernel(sigma, kernel)
+    over_space, over_time = require_axes(axes)
     grid = as_grid(grid)
     require_tokens(query.shape[1], grid)
     if sigma == 0:
         return query.clone()
     if math.isinf(sigma):
-        return repeat_rows(mean_queries(query, grid), grid)
+        return repeat_rows(mean_queries(query, grid, axes=axes), grid, axes=axes)
     work = query.to(working_dtype(query))
-    for size, inner in ((grid.height, grid.width * query.shape[2]), (grid.width, query.shape[2])):
-        if size == 1:
+    dim = query.shape[2]
+    for named, size, inner in (
+        (over_time, grid.frames, grid.cells * dim),
+        (over_space, grid.height, grid.width * dim),
+        (over_space, grid.width, dim),
+    ):
+        if size == 1 or not named:
             continue
         matrix = _axis_matrix(size, sigma, kernel, work, matrices)
         # The axis to blur is the middle one of a plain view: no transpose, no copy.
@@ -114,19 +129,22 @@ def blur_queries(
 
 
 def repeat_rows(
-    rows: Float[Tensor, "batch frames dim"], grid: GridLike
+    rows: Float[Tensor, "batch means dim"], grid: GridLike, *, axes: str = "space"
 ) -> Float[Tensor, "batch tokens dim"]:
-    """Return one row per frame as one row per token.
+    """Return the rows of `mean_queries` as one row per token.
 
     Args:
-        rows: one row per frame.
+        rows: one row for each mean.
         grid: the token grid.
+        axes: along which the means were taken.
 
     Returns:
         A tensor of its own memory, safe to write to.
     """
     grid = as_grid(grid)
-    repeated = rows.unsqueeze(2).expand(-1, -1, grid.cells, -1)
+    over_space, over_time = require_axes(axes)
+    means = (1 if over_time else grid.frames, 1 if over_space else grid.cells)
+    repeated = rows.reshape(rows.shape[0], *means, -1).expand(-1, grid.frames, grid.cells, -1)
     return repeated.clone(memory_format=torch.contiguous_format).flatten(1, 2)
 
 

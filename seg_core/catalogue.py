@@ -5,7 +5,7 @@ Reading such text is the business of `blocks`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -65,16 +65,41 @@ def describe(catalogue: Sequence[Block]) -> str:
     return ", ".join(pieces)
 
 
-def describe_targets(targets: Iterable[Target], catalogue: Sequence[Block]) -> str:
+def describe_targets(
+    targets: Iterable[Target],
+    catalogue: Sequence[Block],
+    heads: Mapping[Target, tuple[int, ...] | None] | None = None,
+) -> str:
     """Return a selection in the selector language.
 
     Args:
         targets: layers of the model.
         catalogue: the model's blocks, in forward order.
+        heads: the chosen heads of layers of which not all are.
 
     Returns:
-        Text that selects exactly these layers; whole blocks are named without their layers.
+        Text that selects exactly these layers, those with all heads first; whole blocks are named
+        without their layers.
     """
+    groups: dict[tuple[int, ...] | None, list[Target]] = {None: []}
+    for target in targets:
+        groups.setdefault((heads or {}).get(target), []).append(target)
+    return ", ".join(
+        f"{piece}{_heads(chosen)}"
+        for chosen, group in groups.items()
+        for piece in _layer_names(group, catalogue)
+    )
+
+
+def _heads(chosen: tuple[int, ...] | None) -> str:
+    if chosen is None:
+        return ""
+    spans = (_span(first, last) for first, last, _ in _runs([(head, None) for head in chosen]))
+    return f":h{','.join(spans)}"
+
+
+def _layer_names(targets: Iterable[Target], catalogue: Sequence[Block]) -> list[str]:
+    """Names of layers in the selector language, as few as will do."""
     chosen = set(targets)
     pieces: list[str] = []
     for part in part_names(catalogue):
@@ -84,7 +109,7 @@ def describe_targets(targets: Iterable[Target], catalogue: Sequence[Block]) -> s
         for first, last, spans in _runs([entry for entry in layers if entry[1] is not None]):
             name = f"{_prefix(part, catalogue)}{_span(first, last)}"
             pieces.extend(f"{name}{span}" for span in spans or ())
-    return ", ".join(pieces)
+    return pieces
 
 
 def numbered(part: str, catalogue: Iterable[Block]) -> Iterator[tuple[int, Block]]:

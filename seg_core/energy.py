@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._shapes import Float
 from .blur import blur_queries, working_dtype
-from .grid import GridLike, as_grid, require_tokens
+from .grid import GridLike, as_grid, require_axes, require_tokens
 from .kernels import gaussian_matrix
 
 
@@ -163,7 +163,7 @@ def row_curvature(logits: Float[Tensor, "... queries keys"]) -> Float[Tensor, ".
 
 
 def blur_slopes(
-    grid: GridLike, sigma: float, *, kernel: str = "reference"
+    grid: GridLike, sigma: float, *, kernel: str = "reference", axes: str = "space"
 ) -> Float[Tensor, " tokens"]:
     r"""Return how much of each query's curvature a blur lets through, $\sum_j B_{ij}^2$.
 
@@ -175,6 +175,7 @@ def blur_slopes(
         grid: the token grid of the queries.
         sigma: blur width in cells.
         kernel: see `gaussian_matrix`.
+        axes: see `blur_queries`.
 
     Returns:
         One number from 0 to 1 per query; 1 without blur.
@@ -183,8 +184,13 @@ def blur_slopes(
         ValueError: as `blur_queries`.
     """
     grid = as_grid(grid)
-    vertical, horizontal = (
-        gaussian_matrix(size, sigma, kernel=kernel).double().square().sum(dim=1)
-        for size in (grid.height, grid.width)
-    )
-    return torch.outer(vertical, horizontal).flatten().repeat(grid.frames)
+    over_space, over_time = require_axes(axes)
+    slopes = torch.ones(1, dtype=torch.float64)
+    for named, size in (
+        (over_time, grid.frames),
+        (over_space, grid.height),
+        (over_space, grid.width),
+    ):
+        matrix = gaussian_matrix(size, sigma if named else 0.0, kernel=kernel)
+        slopes = torch.outer(slopes, matrix.double().square().sum(dim=1)).flatten()
+    return slopes

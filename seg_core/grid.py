@@ -51,6 +51,19 @@ class TokenGrid:
 
 GridLike: TypeAlias = TokenGrid | Sequence[int]
 
+AXES = ("space", "time", "space and time")
+
+
+def require_axes(axes: str) -> tuple[bool, bool]:
+    """Return whether `axes` names the cells of a frame, and whether it names the frames.
+
+    Raises:
+        ValueError: if it is none of `AXES`.
+    """
+    if axes not in AXES:
+        raise ValueError(f"axes must be one of {', '.join(AXES)}, got {axes!r}")
+    return "space" in axes, "time" in axes
+
 
 def as_grid(grid: TokenGrid | Sequence[Any]) -> TokenGrid:
     """Return ``grid`` as a `TokenGrid`.

@@ -26,11 +26,14 @@ def column_mass(
     key: Float[Tensor, "batch keys inner"],
     heads: int,
     *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
     chunk: int | None = None,
 ) -> Float[Tensor, "batch keys"]:
     r"""Return how much attention each key draws from all queries.
 
-    $$m_k = \frac{1}{H} \sum_h \sum_i \operatorname{softmax}(Q_h K_h^\top / \sqrt{d})_{ik}$$
+    $$m_k = \frac{1}{H} \sum_h \sum_i \operatorname{softmax}(s\, Q_h K_h^\top)_{ik}, \qquad
+      s = 1 / \sqrt{d} \text{ unless given}$$
 
     Source: Self-Attention Guidance, arXiv:2210.00939, as in KU-CVLAB/Self-Attention-Guidance.
     Differs from it in: nothing but memory, which grows with the tokens and not their square.
@@ -42,6 +45,9 @@ def column_mass(
         query: the queries of all heads.
         key: the keys of all heads.
         heads: number of heads.
+        scale: factor of the logits; ``None`` for ``1 / sqrt(dim)``.
+        mask: what an attention function takes: added to the logits, or booleans that keep;
+            ``(batch or 1, heads or 1, queries or 1, keys)``.
         chunk: queries treated at once; ``None`` keeps the piece of the map near 8 MiB.
 
     Returns:
@@ -56,12 +62,46 @@ def column_mass(
         raise ValueError(f"the chunk must be at least 1 query, got {chunk}")
     dtype = working_dtype(query)
     queries = split_heads(query, heads)
-    keys = split_heads(key, heads).to(dtype).mT / math.sqrt(query.shape[2] // heads)
+    factor = 1 / math.sqrt(query.shape[2] // heads) if scale is None else scale
+    keys = split_heads(key, heads).to(dtype).mT * factor
     mass = torch.zeros(query.shape[0], key.shape[1], dtype=dtype, device=query.device)
     for start in range(0, query.shape[1], chunk):
-        piece = queries[:, :, start : start + chunk].to(dtype)
-        mass += torch.softmax(piece @ keys, dim=-1).sum(dim=(1, 2))
+        rows = slice(start, start + chunk)
+        logits = queries[:, :, rows].to(dtype) @ keys
+        if mask is not None:
+            logits = _masked(logits, mask if mask.shape[-2] == 1 else mask[..., rows, :])
+        mass += torch.softmax(logits, dim=-1).sum(dim=(1, 2))
     return mass / heads
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, -math.inf)
+    return logits + mask.to(logits.dtype)
+
+
+def frame_shares(mass: Float[Tensor, "batch keys"], grid: GridLike) -> Float[Tensor, "batch keys"]:
+    """Return mass as shares of the average of its frame, so that frames are told apart alone.
+
+    Source: Self-Attention Guidance, arXiv:2210.00939, whose threshold is in such shares. Differs
+    from it in: in joint attention the keys of the text draw their part, so that the average of the
+    image's is not 1 by itself; and videos.
+
+    Args:
+        mass: the mass of every key of the image, row-major over ``grid``.
+        grid: the token grid of the keys.
+
+    Returns:
+        The shares, 1 on average in each frame.
+
+    Raises:
+        ValueError: if the tokens do not fit the grid.
+    """
+    grid = as_grid(grid)
+    require_tokens(mass.shape[1], grid)
+    frames = mass.reshape(-1, grid.frames, grid.cells)
+    average = frames.mean(dim=2, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    return (frames / average).flatten(1)
 
 
 def spread_mass(

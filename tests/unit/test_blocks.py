@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seg_core.blocks import Block, Target, describe, describe_targets, select
+from seg_core.blocks import Block, Target, describe, describe_targets, select, select_heads
 
 SDXL = (
     *(Block("input", index, depth) for index, depth in ((4, 2), (5, 2), (7, 10), (8, 10))),
@@ -174,3 +174,57 @@ def test_any_text_selects_layers_or_is_refused(selector):
     except ValueError:
         return
     assert chosen
+
+
+HEADS = [
+    ("m0.3:h2,5", SDXL, {("middle", 1, 3): (2, 5)}),
+    ("m0.3 : H2 , 5 , u5.0", SDXL, {("middle", 1, 3): (2, 5), ("output", 5, 0): None}),
+    ("7:h0-3", WAN, {("blocks", 7, 0): (0, 1, 2, 3)}),
+    ("7:h0-1,4,9-10", WAN, {("blocks", 7, 0): (0, 1, 4, 9, 10)}),
+    ("9,7:h0,8:h1", WAN, {("blocks", 7, 0): (0,), ("blocks", 8, 0): (1,), ("blocks", 9, 0): None}),
+    ("7:h0,7:h3", WAN, {("blocks", 7, 0): (0, 3)}),
+    ("7:h0,double.7", WAN, None),
+    ("double.7:h3,single.1", FLUX, {("double", 7, 0): (3,), ("single", 1, 0): None}),
+    ("u5:h1", SDXL, {("output", 5, 0): (1,), ("output", 5, 1): (1,)}),
+    ("m0.3:h2,m0.3", SDXL, {("middle", 1, 3): None}),
+    ("auto:h4", WAN, {("blocks", 12, 0): (4,)}),
+]
+
+
+@pytest.mark.parametrize(("selector", "catalogue", "expected"), HEADS)
+def test_heads_of_layers(selector, catalogue, expected):
+    auto = [Target("blocks", 12)]
+    if expected is None:
+        with pytest.raises(ValueError, match=r"got 'double\.7'"):
+            select_heads(selector, catalogue, auto)
+        return
+    found = select_heads(selector, catalogue, auto)
+    assert {(t.part, t.index, t.transformer): heads for t, heads in found.items()} == expected
+    text = describe_targets(found, catalogue, found)
+    assert select_heads(text, catalogue) == found, text
+
+
+def test_without_heads_both_select_the_same():
+    for selector in ("middle", "d2.2-4, u0", "d0-1"):
+        assert select_heads(selector, SDXL) == dict.fromkeys(select(selector, SDXL))
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("7:h0,24", "block 7 has 24 heads, 0 to 23, so there is no head 24"),
+        ("7:h", "heads must be written as in 7:h0-3, got '7:h'"),
+        ("7:2", "heads must be written as in 7:h0-3, got '7:2'"),
+        ("7:h3-1", "a range must run upwards, got '7:h3-1'"),
+        ("7:h1,3-2", "a range must run upwards, got '3-2'"),
+        (":h1", "the blocks must be written in the selector language, got ''"),
+    ],
+)
+def test_wrong_heads_are_errors_that_say_why(selector, message):
+    with pytest.raises(ValueError, match="^" + message):
+        select_heads(selector, WAN, count=lambda _: 24)
+
+
+def test_where_heads_make_no_sense_they_are_refused():
+    with pytest.raises(ValueError, match="heads cannot be chosen here, only whole blocks"):
+        select("7:h0", WAN)
