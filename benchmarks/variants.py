@@ -18,10 +18,23 @@ SEG_ON = "SEG, reuse on"
 OUR_PAG = "PAG, reuse on"
 OUR_SAG = "SAG"
 CORE_SAG = "core SAG"
+OUR_TPG = "TPG"
+OUR_SLG = "SLG"
+SEG_AND_SLG = "SEG + SLG"
 SEG_AND_PAG = "SEG + PAG, reuse on"
 SEG_AND_SAG = "SEG + SAG"
 PAG_AND_SAG = "PAG + SAG"
-RELATIVES = (OUR_PAG, CORE_SAG, OUR_SAG, SEG_AND_PAG, SEG_AND_SAG, PAG_AND_SAG)
+RELATIVES = (
+    OUR_PAG,
+    OUR_SLG,
+    OUR_TPG,
+    CORE_SAG,
+    OUR_SAG,
+    SEG_AND_PAG,
+    SEG_AND_SLG,
+    SEG_AND_SAG,
+    PAG_AND_SAG,
+)
 FINITE = 10.0
 
 
@@ -132,9 +145,11 @@ class Bench:
         model = self.unet
         if "SEG" in method:
             model = self.seg_node.execute(model, 3.0, True, FINITE, 0.0, 1.0)[0]
-        if "PAG" in method:
-            node = importlib.import_module(ours + ".pag").SEGuidancePAG
-            model = node.execute(model, 3.0, 0.0, 1.0)[0]
+        for name in ("PAG", "TPG", "SLG"):
+            if name in method:
+                module = importlib.import_module(f"{ours}.{name.lower()}")
+                node = getattr(module, f"SEGuidance{name}")
+                model = node.execute(model, 3.0, 0.0, 1.0)[0]
         if "SAG" in method:
             node = importlib.import_module(ours + ".sag").SEGuidanceSAG
             model = node.execute(model, 0.5, 2.0, 0.0, 1.0)[0]

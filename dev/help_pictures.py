@@ -116,7 +116,7 @@ def comparison(host: Server) -> dict[str, list[Any]]:
 
 
 def relatives(host: Server) -> None:
-    """Draw the same seeds without guidance and with each of the three guidance nodes."""
+    """Draw the same seeds without guidance and with each of the guidance nodes."""
     window = {"start_percent": 0.0, "end_percent": 1.0, "model": ["model", 0]}
     graph = _sources("nothing", BATCH) | {
         "SEG": node(
@@ -128,9 +128,12 @@ def relatives(host: Server) -> None:
         ),
         "PAG": node("SEGuidancePAG", scale=0.5, **window),
         "SAG": node("SEGuidanceSAG", scale=0.25, blur_sigma=2.0, **window),
+        "TPG": node("SEGuidanceTPG", scale=0.3, blocks="middle", **window),
+        "SLG": node("SEGuidanceSLG", scale=0.3, **window),
     }
-    columns = {"off": "model", "SEG": "SEG", "PAG": "PAG", "SAG": "SAG"}
-    for name, model in columns.items():
+    names = ("off", "SEG", "PAG", "SAG", "TPG", "SLG")
+    for name in names:
+        model = "model" if name == "off" else name
         graph[f"{name} sampler"] = _sampled(model, 1.0)
         graph[f"{name} decoder"] = node(
             "SEGDemoDecode", samples=[f"{name} sampler", 0], scale=4, method="bicubic"
@@ -141,14 +144,19 @@ def relatives(host: Server) -> None:
     found = host.run(graph)
     from PIL import Image
 
-    rows = [
-        [
+    columns = {
+        name: [
             Image.open(io.BytesIO(host.image_bytes(one))).convert("RGB")
             for one in found[f"{name} save"]["images"]
         ]
-        for name in columns
-    ]
-    _write("relatives", _table(rows, list(columns)), colours=256)
+        for name in names
+    }
+    for file, chosen in {
+        "relatives": ("off", "SEG", "PAG", "SAG"),
+        "relatives_tpg": ("off", "SEG", "TPG"),
+        "relatives_slg": ("off", "SEG", "SLG"),
+    }.items():
+        _write(file, _table([columns[name] for name in chosen], list(chosen)), colours=256)
 
 
 def report(host: Server) -> None:

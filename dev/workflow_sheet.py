@@ -18,6 +18,8 @@ SIZES = {  # at least what the frontend computes, in both of its ways to draw no
     "SEGuidance": (340, 310),
     "SEGuidanceSAG": (340, 310),
     "SEGuidancePAG": (340, 260),
+    "SEGuidanceTPG": (340, 260),
+    "SEGuidanceSLG": (340, 260),
     "SEGuidanceProbe": (340, 60),
     "SEGuidanceReport": (560, 1060),
     "SEGuidanceSweep": (400, 420),

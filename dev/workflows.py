@@ -25,6 +25,8 @@ OURS = (
     "SEGuidance",
     "SEGuidanceSAG",
     "SEGuidancePAG",
+    "SEGuidanceTPG",
+    "SEGuidanceSLG",
     "SEGuidanceProbe",
     "SEGuidanceReport",
     "SEGuidanceSweep",
@@ -224,28 +226,31 @@ The same node as for SDXL; it finds the model's middle block by itself.
 
 
 NOTE_RELATIVES = """
-## SEG and its relatives: four images from one seed
+## The whole family: six images from one seed
 
-From left to right: **off**, **SAG**, **PAG**, **SEG**. Everything else is the same; seed and cfg
-are set once, on the left. Each of the three makes one more prediction at each step and moves the
-image away from it. They differ in what makes that prediction worse:
+From left to right: **off**, **SAG**, **SLG**, **PAG**, **TPG**, **SEG**. Everything else is the
+same; seed and cfg are set once, on the left. Each method makes one more prediction at each step and
+moves the image away from it. They differ in what makes that prediction worse:
 
 - **SAG** blurs the predicted image where the model looks;
+- **SLG** passes over some of the model's blocks;
 - **PAG** lets each place of the image see only itself;
+- **TPG** shuffles the places that enter some blocks;
 - **SEG** blurs where each place looks.
 
 **To change**
 
 - `seed`. The prompt is empty and `cfg` is 1, as in the papers' figures. With a prompt and cfg 4
   you see what the methods add to cfg;
-- `scale` of each: 0.5 is usual for SAG, 3 for PAG and SEG;
+- `scale` of each: 0.5 is usual for SAG, 3 for the others. The window of SLG is its usual one,
+  the first 15 % of sampling;
 - chain them: the model goes through one node and then the next, and their effects add up.
 
 **To expect**
 
 - without a prompt the plain model rarely gets anything right. FID on SDXL as the SEG paper
   measured it (Table 1): plain 129.5, SAG 106.7, PAG 105.3, SEG 88.2; lower is better;
-- SAG changes details, PAG and SEG shapes.
+- SAG changes details, the others shapes. SLG was made for SD3.5; here it is a comparison.
 
 **Model**: [sd_xl_base_1.0](https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0), in
 `models/checkpoints`.
@@ -425,16 +430,23 @@ def controlnet(sheet: Sheet) -> None:
 
 
 def relatives(sheet: Sheet) -> None:
-    """One seed without guidance and with each of the three methods."""
+    """One seed without guidance and with each of the methods."""
     sheet.note(NOTE_SIZE, ABOUT, NOTE_RELATIVES)
-    shared = sheet.group("Shared by all four", (FIRST, 0))
+    shared = sheet.group("Shared by all six", (FIRST, 0))
     loader, latent = _loader(shared, SDXL), _latent(shared, 1024)
     seed = shared.add("PrimitiveInt", value=10, title="seed")["INT"]
     cfg = shared.add("PrimitiveFloat", value=1.0, title="cfg")["FLOAT"]
     prompt = sheet.group("No prompt", shared.under())
     empty = _prompt(prompt, loader, "", "Empty prompt")
     settings = {"seed": seed, "cfg": cfg, "latent_image": latent["LATENT"]}
-    columns = {"Off": None, "SAG": "SEGuidanceSAG", "PAG": "SEGuidancePAG", "SEG": "SEGuidance"}
+    columns = {
+        "Off": None,
+        "SAG": "SEGuidanceSAG",
+        "SLG": "SEGuidanceSLG",
+        "PAG": "SEGuidancePAG",
+        "TPG": "SEGuidanceTPG",
+        "SEG": "SEGuidance",
+    }
     _columns(sheet, shared, loader, columns, (empty, empty), "SEG_relatives", **settings)
 
 
@@ -540,7 +552,7 @@ WORKFLOWS: dict[str, Callable[[Sheet], None]] = {
     "SEG SD15 - text to image": sd15,
     "SEG SD35 - text to image": sd35,
     "SEG Z-Image Turbo - text to image": z_image,
-    "SEG SDXL - SAG PAG and SEG side by side": relatives,
+    "SEG SDXL - the whole family side by side": relatives,
     "SEG SDXL - several settings in one picture": compare,
     "SEG SDXL - report of a run": run_report,
 }

@@ -8,7 +8,9 @@ from .pag import SEGuidancePAG
 from .report import SEGuidanceProbe, SEGuidanceReport
 from .sag import SEGuidanceSAG
 from .seg import SEGuidance
+from .slg import SEGuidanceSLG
 from .sweep import SEGuidanceSweep
+from .tpg import SEGuidanceTPG
 
 
 class SmoothedEnergyGuidanceExtension(ComfyExtension):
@@ -20,6 +22,8 @@ class SmoothedEnergyGuidanceExtension(ComfyExtension):
             SEGuidance,
             SEGuidanceSAG,
             SEGuidancePAG,
+            SEGuidanceTPG,
+            SEGuidanceSLG,
             SEGuidanceProbe,
             SEGuidanceReport,
             SEGuidanceSweep,

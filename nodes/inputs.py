@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..seg_core import RESCALE_MODES
+from ..seg_core import RESCALE_MODES, Window
+from .host import BlockPerturbation, Branch, InputBlur, RescaleMode, Side, guided
 
 
 def model() -> io.Input:
@@ -28,33 +31,34 @@ def scale(default: float, meaning: str) -> io.Input:
     )
 
 
-def window() -> list[io.Input]:
+def window(start: float = 0.0, end: float = 1.0) -> list[io.Input]:
     """Return the two ends of the active part of sampling."""
     return [
         _share(
             "start_percent",
-            0.0,
+            start,
             "Where guidance begins, as a share of sampling. Later keeps the composition. "
             "0 = from the first step.",
         ),
         _share(
             "end_percent",
-            1.0,
+            end,
             "Where guidance ends, as a share of sampling. Steps after it cost nothing. "
             "1 = to the last step.",
         ),
     ]
 
 
-def blocks(meaning: str) -> io.Input:
-    """Return the block selector."""
+def blocks(meaning: str, *, heads: bool = False) -> io.Input:
+    """Return the block selector, of whole blocks or also of heads in them."""
+    some = " A colon and heads take those alone: m0.3:h2,5 or 7:h0-3." if heads else ""
     return io.String.Input(
         "blocks",
         default="auto",
         optional=True,
         advanced=True,
         tooltip=f"{meaning} Or a comma list: middle, input, output, d4, m0, u2, d4-5, u0.2, "
-        "d2.2-9. A block that does not exist is an error that lists what does.",
+        f"d2.2-9.{some} A block that does not exist is an error that lists what does.",
     )
 
 
@@ -69,6 +73,27 @@ def branch(options: dict[str, str]) -> io.Input:
         tooltip="Which prediction to perturb. "
         + " ".join(f"{name} = {meaning}" for name, meaning in options.items()),
     )
+
+
+def shared(does: str, conditional: str) -> list[io.Input]:
+    """Return the inputs at the end of a node that perturbs blocks.
+
+    Args:
+        does: what the node does to a prediction, as a verb.
+        conditional: where the branch of that name comes from.
+    """
+    return [
+        branch(
+            {
+                "conditional": conditional,
+                "unconditional": "the prediction for the negative prompt.",
+                "free": f"another method: {does} the unconditional prediction itself, so no extra "
+                "pass; it needs cfg above 1, and a lower cfg than usual.",
+            }
+        ),
+        *rescale(),
+        reuse(),
+    ]
 
 
 def rescale() -> list[io.Input]:
@@ -110,6 +135,45 @@ def reuse() -> io.Input:
 def guided_model() -> io.Output:
     """Return the model output."""
     return io.Model.Output(tooltip="The model, guided. The model that came in is unchanged.")
+
+
+def guided_by(
+    model: Any,
+    perturbation: BlockPerturbation | InputBlur,
+    strength: tuple[float, float, float],
+    no_effect: str = "",
+    *,
+    branch: Side = "conditional",
+    rescale: float = 0.0,
+    rescale_mode: RescaleMode = "full",
+    reuse: bool = True,
+) -> io.NodeOutput:
+    """Return a guided clone of a model; without effect, a plain clone and a warning.
+
+    Args:
+        model: the model.
+        perturbation: what makes a prediction worse.
+        strength: the weight of the guidance, and the window in which it acts.
+        no_effect: why it does nothing, if that is so.
+        branch: see `branch`.
+        rescale: see `rescale`.
+        rescale_mode: see `rescale`.
+        reuse: see `reuse`.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+    scale, start_percent, end_percent = strength
+    guidance = Branch(
+        perturbation,
+        scale=scale,
+        window=Window(start_percent, end_percent),
+        side=branch,
+        rescale=rescale,
+        rescale_mode=rescale_mode,
+        reuse=reuse,
+    )
+    return io.NodeOutput(guided(model, guidance, no_effect))
 
 
 def _share(name: str, default: float, tooltip: str, *, advanced: bool = False) -> io.Input:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
-from ..seg_core import Window
+from ..seg_core import identity_attention
 from . import inputs
-from .host import Branch, RescaleMode, Side, guided, network_of
+from .host import ChangeOutput, network_of
 
 LABEL = "Perturbed-Attention Guidance"
+
+
+@dataclass(frozen=True)
+class SeeItself:
+    """Each token's attention is drawn towards itself; see `identity_attention`."""
+
+    strength: float
+
+    @property
+    def needs_map(self) -> bool:
+        """True if anything of the attention map is left."""
+        return self.strength != 1
+
+    def __call__(self, out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return the output of attention, drawn towards the tokens' own values."""
+        return identity_attention(out, value, self.strength)
 
 
 class SEGuidancePAG(io.ComfyNode):
@@ -33,6 +51,7 @@ class SEGuidancePAG(io.ComfyNode):
                 "perturbed attention guidance",
                 "PerturbedAttentionGuidance",
                 "identity attention",
+                "HeadHunter",
             ],
             inputs=[
                 inputs.model(),
@@ -40,7 +59,8 @@ class SEGuidancePAG(io.ComfyNode):
                 *inputs.window(),
                 inputs.blocks(
                     "Which self-attention blocks to perturb. auto = the middle block of a UNet, a "
-                    "middle range of a transformer."
+                    "middle range of a transformer.",
+                    heads=True,
                 ),
                 io.Float.Input(
                     "strength",
@@ -54,16 +74,7 @@ class SEGuidancePAG(io.ComfyNode):
                     tooltip="How far to draw the attention maps to the identity (SoftPAG). "
                     "1 = PAG. 0 = not at all, so no effect.",
                 ),
-                inputs.branch(
-                    {
-                        "conditional": "as in the released code.",
-                        "unconditional": "the prediction for the negative prompt.",
-                        "free": "another method: perturbs the unconditional prediction itself, so "
-                        "no extra pass; it needs cfg above 1, and a lower cfg than usual.",
-                    }
-                ),
-                *inputs.rescale(),
-                inputs.reuse(),
+                *inputs.shared("perturbs", "as in the released code."),
             ],
             outputs=[inputs.guided_model()],
         )
@@ -77,22 +88,13 @@ class SEGuidancePAG(io.ComfyNode):
         end_percent: float,
         blocks: str = "auto",
         strength: float = 1.0,
-        branch: Side = "conditional",
-        rescale: float = 0.0,
-        rescale_mode: RescaleMode = "full",
-        reuse: bool = True,
+        **settings: Any,
     ) -> io.NodeOutput:
         """Return a guided clone of the model; without effect, a plain clone and a warning."""
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be between 0 and 1, got {strength}")
-        guidance = Branch(
-            network_of(model, LABEL).identity(LABEL, blocks, strength),
-            scale=scale,
-            window=Window(start_percent, end_percent),
-            side=branch,
-            rescale=rescale,
-            rescale_mode=rescale_mode,
-            reuse=reuse,
-        )
+        change = ChangeOutput(SeeItself(strength))
+        perturbation = network_of(model, LABEL).perturbation(LABEL, blocks, change)
         no_effect = "strength is 0." if strength == 0 else ""
-        return io.NodeOutput(guided(model, guidance, no_effect))
+        window = (scale, start_percent, end_percent)
+        return inputs.guided_by(model, perturbation, window, no_effect, **settings)

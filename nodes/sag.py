@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..seg_core import KERNELS, Window, require_kernel
+from ..seg_core import KERNELS, require_kernel
 from . import inputs
-from .host import Branch, InputBlur, RescaleMode, Side, guided, network_of
+from .host import InputBlur, network_of
 
 LABEL = "Self-Attention Guidance"
 
@@ -48,27 +48,18 @@ class SEGuidanceSAG(io.ComfyNode):
         threshold: float = 1.0,
         blocks: str = "auto",
         mask: str = "attention",
-        branch: Side = "conditional",
-        rescale: float = 0.0,
-        rescale_mode: RescaleMode = "full",
         kernel: str = "reference",
+        **settings: Any,
     ) -> io.NodeOutput:
         """Return a guided clone of the model; without effect, a plain clone and a warning."""
         require_kernel(blur_sigma, kernel)
         if mask not in ("attention", "everywhere"):
             raise ValueError(f"mask must be attention or everywhere, got {mask!r}")
         watched = network_of(model, LABEL).watching(LABEL, blocks) if mask == "attention" else None
-        guidance = Branch(
-            InputBlur(LABEL, watched, blur_sigma, kernel, threshold),
-            scale=scale,
-            window=Window(start_percent, end_percent),
-            side=branch,
-            rescale=rescale,
-            rescale_mode=rescale_mode,
-            reuse=False,
-        )
+        blur = InputBlur(LABEL, watched, blur_sigma, kernel, threshold)
         no_effect = "blur_sigma is 0." if blur_sigma == 0 else ""
-        return io.NodeOutput(guided(model, guidance, no_effect))
+        window = (scale, start_percent, end_percent)
+        return inputs.guided_by(model, blur, window, no_effect, reuse=False, **settings)
 
 
 def _inputs() -> list[io.Input]:
@@ -102,8 +93,8 @@ def _inputs() -> list[io.Input]:
             "1 = more than average. 0 = every place.",
         ),
         inputs.blocks(
-            "Whose self-attention tells where to blur. auto = the first transformer of the middle "
-            "block; several are averaged."
+            "Whose self-attention tells where to blur; several are averaged. auto = the first "
+            "transformer of a UNet's middle block, the first of a middle range of a transformer."
         ),
         io.Combo.Input(
             "mask",

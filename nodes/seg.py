@@ -10,18 +10,19 @@ import torch
 from comfy_api.latest import io
 
 from ..seg_core import (
+    AXES,
     KERNELS,
     BlurMatrices,
     TokenGrid,
-    Window,
     blur_queries,
     blur_slopes,
     is_identity,
     mean_queries,
+    require_axes,
     require_kernel,
 )
 from . import inputs
-from .host import Branch, RescaleMode, Side, guided, network_of
+from .host import SmoothQueries, network_of
 
 LABEL = "Smoothed Energy Guidance"
 
@@ -33,20 +34,23 @@ class QueryBlur:
     Attributes:
         sigma: blur width in token cells; ``math.inf`` gives every token the mean query.
         kernel: ``"reference"`` or ``"full"``.
+        axes: ``"space"``, ``"time"`` or ``"space and time"``.
 
     Raises:
-        ValueError: if the width is negative or NaN, or the kernel is unknown.
+        ValueError: if the width is negative or NaN, or kernel or axes are unknown.
     """
 
     sigma: float
     kernel: str
+    axes: str = "space"
 
     def __post_init__(self) -> None:
         require_kernel(self.sigma, self.kernel)
+        require_axes(self.axes)
 
     @property
     def collapses(self) -> bool:
-        """True if one query stands for all of a frame."""
+        """True if one query stands for all along the axes."""
         return math.isinf(self.sigma)
 
     def changes(self, grid: TokenGrid) -> bool:
@@ -58,12 +62,14 @@ class QueryBlur:
     ) -> torch.Tensor:
         """Return the smoothed tokens, or the one that stands for them."""
         if one_query:
-            return mean_queries(tokens, grid)
-        return blur_queries(tokens, grid, self.sigma, kernel=self.kernel, matrices=matrices)
+            return mean_queries(tokens, grid, axes=self.axes)
+        return blur_queries(
+            tokens, grid, self.sigma, kernel=self.kernel, matrices=matrices, axes=self.axes
+        )
 
     def slopes(self, grid: TokenGrid) -> torch.Tensor:
         """Return how much of the energy's curvature at each token the blur lets through."""
-        return blur_slopes(grid, self.sigma, kernel=self.kernel)
+        return blur_slopes(grid, self.sigma, kernel=self.kernel, axes=self.axes)
 
 
 class SEGuidance(io.ComfyNode):
@@ -103,25 +109,15 @@ class SEGuidance(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         blocks: str = "auto",
-        branch: Side = "conditional",
-        rescale: float = 0.0,
-        rescale_mode: RescaleMode = "full",
         kernel: str = "reference",
-        reuse: bool = True,
+        axes: str = "space",
+        **settings: Any,
     ) -> io.NodeOutput:
         """Return a guided clone of the model; without effect, a plain clone and a warning."""
-        blur = QueryBlur(math.inf if infinite_blur else blur_sigma, kernel)
-        network = network_of(model, LABEL)
-        guidance = Branch(
-            network.smoothing(LABEL, blocks, blur),
-            scale=scale,
-            window=Window(start_percent, end_percent),
-            side=branch,
-            rescale=rescale,
-            rescale_mode=rescale_mode,
-            reuse=reuse,
-        )
-        return io.NodeOutput(guided(model, guidance, _no_effect(blur)))
+        blur = QueryBlur(math.inf if infinite_blur else blur_sigma, kernel, axes)
+        perturbation = network_of(model, LABEL).perturbation(LABEL, blocks, SmoothQueries(blur))
+        window = (scale, start_percent, end_percent)
+        return inputs.guided_by(model, perturbation, window, _no_effect(blur), **settings)
 
 
 def _no_effect(blur: QueryBlur) -> str:
@@ -163,7 +159,8 @@ def _inputs() -> list[io.Input]:
         *inputs.window(),
         inputs.blocks(
             "Which self-attention blocks to smooth. auto = the middle block of a UNet, a middle "
-            "range of a transformer."
+            "range of a transformer.",
+            heads=True,
         ),
         inputs.branch(
             {
@@ -185,4 +182,14 @@ def _inputs() -> list[io.Input]:
             "Without meaning while infinite_blur is on.",
         ),
         inputs.reuse(),
+        io.Combo.Input(
+            "axes",
+            options=list(AXES),
+            default="space",
+            optional=True,
+            advanced=True,
+            tooltip="Along what to blur. space = within each frame. time = over the frames of a "
+            "video, at each place. space and time = both; with infinite_blur, one query for the "
+            "clip. Experimental, for video models.",
+        ),
     ]

@@ -11,28 +11,49 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..seg_core import Window
 from . import inputs
-from .host import Branch, attach, branches_of, network_of
+from .host import branches_of
 from .host.show.progress import Bar, tell_node
 from .host.show.render import SAMPLERS, SCHEDULERS, Sampling, decode
+from .pag import SEGuidancePAG
 from .pictures import labelled_grid, to_image, to_pixels
-from .seg import LABEL, QueryBlur
+from .sag import SEGuidanceSAG
+from .seg import SEGuidance
+from .slg import SEGuidanceSLG
+from .tpg import SEGuidanceTPG
 
 log = logging.getLogger(__name__)
 
 OFF = 0.0
+OWN = math.nan
 MOST = 64
-WORDS = {"off": OFF, "infinite": math.inf, "inf": math.inf}
+WIDTHS = {"off": OFF, "infinite": math.inf, "inf": math.inf}
+SCALES = {"off": OFF, "default": OWN}
+SEG = "SEG"
+METHODS: dict[str, Any] = {
+    SEG: SEGuidance,
+    "PAG": SEGuidancePAG,
+    "SAG": SEGuidanceSAG,
+    "TPG": SEGuidanceTPG,
+    "SLG": SEGuidanceSLG,
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One picture of the comparison."""
+    """One picture of the comparison.
+
+    Attributes:
+        sigma: width of the blur; of no meaning to other methods than SEG.
+        scale: weight; `OWN` for the method's default.
+        blocks: the selector.
+        method: one of `METHODS`.
+    """
 
     sigma: float
     scale: float
     blocks: str
+    method: str = SEG
 
     @property
     def is_off(self) -> bool:
@@ -43,13 +64,19 @@ class Setting:
         """Return a model that is guided so; the model itself where nothing guides it."""
         if self.is_off:
             return model
-        smoothing = network_of(model, LABEL).smoothing(LABEL, self.blocks, self.blur)
-        return attach(model, Branch(smoothing, scale=self.scale, window=Window(0.0, 1.0)))
-
-    @property
-    def blur(self) -> QueryBlur:
-        """Return the blur of the queries."""
-        return QueryBlur(self.sigma, "reference")
+        node = METHODS[self.method]
+        widgets = {
+            one.id: one.default
+            for one in node.define_schema().inputs
+            if getattr(one, "default", None) is not None
+        }
+        widgets["blocks"] = self.blocks
+        if not math.isnan(self.scale):
+            widgets["scale"] = self.scale
+        if self.method == SEG:
+            infinite = math.isinf(self.sigma)
+            widgets |= {"infinite_blur": infinite, "blur_sigma": 0.0 if infinite else self.sigma}
+        return node.execute(model, **widgets)[0]
 
 
 class SEGuidanceSweep(io.ComfyNode):
@@ -64,7 +91,8 @@ class SEGuidanceSweep(io.ComfyNode):
             category="model/patch/guidance",
             description=(
                 "Makes one labelled picture from the same seed with several settings of Smoothed "
-                "Energy Guidance, to choose by eye. A list with more than one entry is an axis."
+                "Energy Guidance, or with its relatives, to choose by eye. A list with more than "
+                "one entry is an axis."
             ),
             search_aliases=["SEG XY plot", "compare guidance", "sigma grid", "parameter sweep"],
             inputs=_inputs(),
@@ -100,9 +128,10 @@ class SEGuidanceSweep(io.ComfyNode):
         scheduler: str,
         denoise: float = 1.0,
         blocks: str = "auto",
+        methods: str = SEG,
     ) -> io.NodeOutput:
         """Return the labelled picture, and its images."""
-        rows = settings(sigmas, scales, blocks)
+        rows = settings(sigmas, scales, blocks, methods)
         sampling = Sampling(
             positive, negative, latent, seed, steps, cfg, sampler_name, scheduler, denoise
         )
@@ -135,22 +164,24 @@ def _key(setting: Setting) -> Setting:
     return Setting(OFF, OFF, "") if setting.is_off else setting
 
 
-def settings(sigmas: str, scales: str, blocks: str) -> list[list[Setting]]:
-    """Return the pictures of a comparison: sigmas across; scales, then blocks, downwards.
+def settings(sigmas: str, scales: str, blocks: str, methods: str = SEG) -> list[list[Setting]]:
+    """Return the pictures of a comparison: methods across; scales, then blocks, downwards.
 
-    Where there is one sigma only, the next list with several entries runs across.
+    SEG has a column for each sigma, another method one. Where there is one column only, the next
+    list with several entries runs across.
 
     Raises:
         ValueError: if a list is empty or an entry is not a number; names the list and the entry.
     """
-    widths = [_width(entry) for entry in _entries("sigmas", sigmas, ",")]
-    weights = [_number("scales", entry) for entry in _entries("scales", scales, ",")]
+    widths = [_number("sigmas", entry, WIDTHS) for entry in _entries("sigmas", sigmas, ",")]
+    weights = [_number("scales", entry, SCALES) for entry in _entries("scales", scales, ",")]
     chosen = _entries("blocks", blocks, ";")
-    count = len(widths) * len(weights) * len(chosen)
+    columns = _columns(widths, methods)
+    count = len(columns) * len(weights) * len(chosen)
     if count > MOST:
         raise ValueError(f"SEG Compare: these lists make {count} images; at most {MOST} go.")
-    every = [Setting(s, w, b) for b, w, s in itertools.product(chosen, weights, widths)]
-    across = next((len(axis) for axis in (widths, weights, chosen) if len(axis) > 1), 1)
+    every = [Setting(s, w, b, m) for b, w, (m, s) in itertools.product(chosen, weights, columns)]
+    across = next((len(axis) for axis in (columns, weights, chosen) if len(axis) > 1), 1)
     return [every[start : start + across] for start in range(0, count, across)]
 
 
@@ -162,20 +193,32 @@ def _entries(name: str, text: str, separator: str) -> list[str]:
     return entries
 
 
-def _width(entry: str) -> float:
-    word = WORDS.get(entry.lower())
-    return _number("sigmas", entry, " or off or infinite") if word is None else word
+def _columns(widths: list[float], methods: str) -> list[tuple[str, float]]:
+    """Return method and width of each column; the picture without guidance stands once, first."""
+    names = [entry.upper() for entry in _entries("methods", methods, ",")]
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(
+                f"SEG Compare: {name!r} in methods is none of {', '.join(METHODS)}. Separate the "
+                "entries by commas."
+            )
+    off = [(SEG, OFF)] if OFF in widths and SEG not in names else []
+    columns = [(name, width) for name in names for width in (widths if name == SEG else [math.inf])]
+    return off + columns
 
 
-def _number(name: str, entry: str, others: str = "") -> float:
+def _number(name: str, entry: str, words: dict[str, float]) -> float:
+    word = words.get(entry.lower())
+    if word is not None:
+        return word
     try:
-        value = OFF if entry.lower() == "off" else float(entry)
+        value = float(entry)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
         raise ValueError(
-            f"SEG Compare: {entry!r} in {name} is not a number of at least 0{others}. Separate "
-            "the entries by commas."
+            f"SEG Compare: {entry!r} in {name} is not a number of at least 0 or "
+            f"{' or '.join(words)}. Separate the entries by commas."
         )
     return value
 
@@ -190,7 +233,11 @@ def labels(rows: list[list[Setting]]) -> tuple[list[str], list[str]]:
 
 
 def _label(setting: Setting, line: list[Setting]) -> str:
-    names = [name for name in ("sigma", "scale", "blocks") if len({_of(s, name) for s in line}) > 1]
+    names = [
+        name
+        for name in ("method", "sigma", "scale", "blocks")
+        if len({_of(s, name) for s in line}) > 1
+    ]
     return _words(setting, names)
 
 
@@ -205,8 +252,10 @@ def _words(setting: Setting, names: list[str]) -> str:
         if isinstance(value, str):
             words.append(value)
         elif value == OFF:
-            words.append("off")
-        else:
+            return "off"
+        elif math.isnan(value):
+            words.append(f"{name} default")
+        elif name == "scale" or setting.method == SEG:
             words.append("infinite" if math.isinf(value) else f"{name} {value:g}")
     return ", ".join(words)
 
@@ -237,8 +286,9 @@ def _inputs() -> list[io.Input]:
         io.String.Input(
             "scales",
             default="3",
-            tooltip="Weights of the guidance to compare, separated by commas. Several run "
-            "downwards, or from left to right if there is one sigma.",
+            tooltip="Weights of the guidance to compare, separated by commas: numbers, or default "
+            "for each method's own. Several run downwards, or from left to right if there is one "
+            "column.",
         ),
         io.Int.Input(
             "seed",
@@ -286,5 +336,14 @@ def _inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Selections of blocks to compare, separated by semicolons, each as in Smoothed "
             "Energy Guidance: auto; middle; u0, u1.",
+        ),
+        io.String.Input(
+            "methods",
+            default=SEG,
+            optional=True,
+            advanced=True,
+            tooltip="Methods to compare, separated by commas: SEG, PAG, SAG, TPG, SLG. Sigmas are "
+            "for SEG; the others take their nodes' defaults. Use scales = default for each one's "
+            "own.",
         ),
     ]

@@ -18,4 +18,9 @@ from .sampling.guidance import branches_of as branches_of
 from .settings.branch import Branch as Branch
 from .settings.branch import RescaleMode as RescaleMode
 from .settings.branch import Side as Side
+from .settings.changes import ChangeOutput as ChangeOutput
+from .settings.changes import ChangeTokens as ChangeTokens
+from .settings.changes import PassBy as PassBy
+from .settings.changes import SmoothQueries as SmoothQueries
+from .settings.perturbation import BlockPerturbation as BlockPerturbation
 from .settings.perturbation import InputBlur as InputBlur

@@ -235,6 +235,8 @@ class DenseGuidance:
         scale: guidance weight.
         side: ``"cond"``, ``"uncond"`` or ``"free"``.
         strength: of the identity.
+        heads: those that are changed; None for all.
+        zero: the image's rows of the output become 0 instead.
     """
 
     model: object
@@ -246,6 +248,8 @@ class DenseGuidance:
     scale: float = 3.0
     side: str = "cond"
     strength: float = 1.0
+    heads: list | None = None
+    zero: bool = False
 
     def guided(self):
         """Return a guided clone."""
@@ -283,15 +287,20 @@ class DenseGuidance:
         shift = query.shape[2] - self.length if self.kind in FROM_END else 0
         rows = torch.tensor(self.rows) + shift
         logits = torch.einsum("bhqd,bhkd->bhqk", query, key) / math.sqrt(query.shape[-1])
+        chosen = range(heads) if self.heads is None else self.heads
         if self.blur is not None:
-            blurred = torch.einsum("pt,bhtk->bhpk", self.blur.to(logits), logits[:, :, rows])
-            logits = logits.index_copy(2, rows, blurred)
+            for head in chosen:
+                own = logits[:, head, rows]
+                logits[:, head, rows] = torch.einsum("pt,btk->bpk", self.blur.to(logits), own)
         if mask is not None:
             logits = logits + _additive(mask, logits)
         out = torch.einsum("bhqk,bhkd->bhqd", torch.softmax(logits, dim=-1), value)
-        if self.blur is None:
-            mixed = torch.lerp(out[:, :, rows], value[:, :, rows], self.strength)
-            out = out.index_copy(2, rows, mixed)
+        if self.zero:
+            out[:, :, rows] = 0.0
+        elif self.blur is None:
+            for head in chosen:
+                mixed = torch.lerp(out[:, head, rows], value[:, head, rows], self.strength)
+                out[:, head, rows] = mixed
         return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
 

@@ -82,7 +82,7 @@ def test_a_mask_for_each_query_is_honoured(per_query, skip_reshape):
     mask = noise_like((3, 1, 9 if per_query else 1, 9), 4)
     smooth = importlib.import_module("seg_pack_under_test.nodes.seg").QueryBlur(math.inf, "full")
     change = part("settings.changes").SmoothQueries(smooth)
-    perturbation = mock.Mock(change=change, smooth=smooth)
+    perturbation = mock.Mock(change=change, smooth=smooth, heads=lambda _target: None)
     # The first row is a plain one.
     site = part("calls.site").Site(perturbation, (slice(1, 3),), core.BlurMatrices())
     inputs = (q, k, v) if skip_reshape else tuple(t.transpose(1, 2).flatten(2) for t in (q, k, v))
@@ -95,9 +95,9 @@ def test_a_mask_for_each_query_is_honoured(per_query, skip_reshape):
     call = part("networks.dit.host_attention").Attention(
         attend, (*inputs, 3, mask), {"skip_reshape": skip_reshape}, False
     )
-    parts = part("calls.site").parts_of([site], 3, 1)
-    span = part("networks.dit.layout").Span(2, grid, 3)
-    out = part("networks.dit.attention").changed(call, span, parts)
+    parts = part("calls.site").parts_of([site], 3, 3)
+    span = part("networks.span").Span(2, grid, 3)
+    out = part("networks.dit.attention").changed(call, span, parts, None)
     blurred = q.clone()
     blurred[1:, :, 2:8] = q[1:, :, 2:8].mean(2, keepdim=True)
     logits = blurred @ k.mT / 2.0 + mask

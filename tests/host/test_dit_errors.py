@@ -89,12 +89,6 @@ def test_a_block_that_does_not_exist_is_an_error_that_lists_what_does():
         seg(tiny_dit("sd3"), blocks="7-9")
 
 
-def test_a_mask_from_attention_is_refused():
-    sag = importlib.import_module("seg_pack_under_test.nodes.sag").SEGuidanceSAG
-    with pytest.raises(ValueError, match="needs a UNet"):
-        sag.execute(tiny_dit("flux"), 0.5, 2.0, 0.0, 1.0)
-
-
 def without_options(monkeypatch, module, name):
     """Let a family's attention no longer pass on the host's options."""
     original = getattr(sys.modules[module], name)

@@ -16,6 +16,7 @@ from pathlib import Path
 import dit_models
 import pytest
 import torch
+from family_oracle import guide
 from host_models import PACK, conditioning, seg, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,6 +99,8 @@ def test_the_perturbed_pass_costs_nothing_for_a_controlnet():
         (variants.SEG_AND_PAG, 1.0, 2.37),
         (variants.OUR_PAG, 7.0, 1.35),
         (variants.OUR_PAG, 1.0, 1.69),
+        (variants.OUR_SLG, 1.0, 1.69),
+        (variants.OUR_TPG, 1.0, 1.95),
         (variants.OUR_SAG, 1.0, 2.01),
         (variants.OUR_SAG, 7.0, 1.51),
     ],
@@ -110,7 +113,14 @@ def test_cores_sag_makes_three_passes_at_cfg_1():
     assert cost("sdxl", variants.CORE_SAG, 1.0) > 2.9 * cost("sdxl", CFG, 1.0)
 
 
-ONE_CALL = (SEG_ON, variants.OUR_PAG, variants.SEG_AND_PAG)
+ONE_CALL = (
+    SEG_ON,
+    variants.OUR_PAG,
+    variants.OUR_TPG,
+    variants.OUR_SLG,
+    variants.SEG_AND_PAG,
+    variants.SEG_AND_SLG,
+)
 # What a step may read of a network, in units of what the same step without guidance reads.
 ONCE = 1.02
 
@@ -161,6 +171,23 @@ def test_a_guided_step_of_a_transformer_reads_each_weight_once(kind, cfg):
     both = pag.execute(guided, 3.0, 0.0, 1.0)[0]
     assert plain <= read_by_a_run(guided, kind, cfg) <= ONCE * plain
     assert plain <= read_by_a_run(both, kind, cfg) <= ONCE * plain
+
+
+@pytest.mark.parametrize("method", ["TPG", "SLG", "all"])
+@pytest.mark.parametrize("kind", dit_models.TINY)
+def test_so_does_the_rest_of_the_family(kind, method):
+    base = dit_models.tiny_dit(kind)
+    plain = read_by_a_run(base, kind, 7.0)
+    model = base
+    for one in ("SEG", "PAG", "TPG", "SLG") if method == "all" else (method,):
+        model = guide(one, model, 3.0)
+    assert plain <= read_by_a_run(model, kind, 7.0) <= ONCE * plain
+
+
+def test_a_block_that_is_passed_over_is_not_computed_for_those_rows():
+    plain = cost("sdxl", CFG, 1.0)
+    skipped, smoothed = cost("sdxl", variants.OUR_SLG, 1.0), cost("sdxl", SEG_ON, 1.0)
+    assert 0.02 * plain < smoothed - skipped < 0.1 * plain
 
 
 @pytest.mark.parametrize(("cfg", "rows"), [(1.0, 1), (7.0, 2)])

@@ -402,7 +402,7 @@ def test_each_node_speaks_under_its_own_name():
 
 
 def test_a_mask_from_attention_is_refused_where_the_latent_is_cut_in_pieces():
-    with pytest.raises(ValueError, match="cuts the latent in tiles or context windows"):
+    with pytest.raises(ValueError, match="cuts the latent in tiles"):
         sample(in_pieces(sag(tiny_model())), size=(8, 12), steps=1)
     assert torch.isfinite(
         sample(in_pieces(sag(tiny_model(), mask="everywhere")), size=(8, 12))

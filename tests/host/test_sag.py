@@ -148,11 +148,12 @@ def test_areas_use_the_mask_of_their_own_prompt():
     saliency = importlib.import_module(PACK + ".nodes.host.sampling.saliency")
     original = saliency.attention_over_latent
 
-    def spy(blur, run, x, sigma, conds):
-        result = original(blur, run, x, sigma, conds)
+    def spy(blur, run, x, sigma, conds, model_options):
+        result = original(blur, run, x, sigma, conds, model_options)
         masses["whole"] = result
         for cond in conds:
-            (mass,) = run.masses[(blur, cond["uuid"])].values()
+            ((_, layers),) = run.masses[(blur, cond["uuid"])].parts.values()
+            (mass,) = layers.values()
             grid = mass.grid
             masses[cond["area"][3]] = mass.mass.reshape(1, 1, grid.height, grid.width)
         return result

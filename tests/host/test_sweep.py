@@ -170,3 +170,52 @@ def test_long_labels_are_made_to_fit():
 def test_a_model_that_is_guided_already_is_refused():
     with pytest.raises(ValueError, match="guided already by Smoothed Energy Guidance"):
         compare(model=seg(shared_model()))
+
+
+def columns(methods, sigmas="off, infinite", scales="default"):
+    rows = part("sweep").settings(sigmas, scales, "auto", methods)
+    return part("sweep").labels(rows)[0]
+
+
+@pytest.mark.parametrize(
+    ("methods", "sigmas", "expected"),
+    [
+        ("SEG, pag, SAG", "off, infinite", ["off", "SEG, infinite", "PAG", "SAG"]),
+        ("PAG, TPG", "off, 1, 4", ["off", "PAG", "TPG"]),
+        ("PAG, SEG", "1, 4", ["PAG", "SEG, sigma 1", "SEG, sigma 4"]),
+        ("SLG", "infinite", [""]),
+    ],
+)
+def test_a_method_is_a_column_and_seg_one_for_each_sigma(methods, sigmas, expected):
+    assert columns(methods, sigmas) == expected or expected == [""]
+
+
+def test_methods_take_their_nodes_defaults():
+    nodes = {"SEG": "seg", "PAG": "pag", "SAG": "sag", "TPG": "tpg", "SLG": "slg"}
+    latent = {"samples": torch.zeros(1, 4, *SIZE)}
+    with torch.inference_mode():
+        images = part("sweep").SEGuidanceSweep.execute(
+            shared_model(), conditioning(1), conditioning(2), latent, FlatVAE(), "off, infinite",
+            "default", 5, 4, 4.0, "euler", "normal", methods=", ".join(nodes),
+        )[1]  # fmt: skip
+    model = shared_model()
+    guided = [
+        model,
+        seg(model),
+        part("pag").SEGuidancePAG.execute(model, 3.0, 0.0, 1.0)[0],
+        part("sag").SEGuidanceSAG.execute(model, 0.5, 2.0, 0.0, 1.0)[0],
+        part("tpg").SEGuidanceTPG.execute(model, 3.0, 0.0, 1.0)[0],
+        part("slg").SEGuidanceSLG.execute(model, 3.0, 0.01, 0.15)[0],
+    ]
+    assert len(images) == len(guided)
+    noise = importlib.import_module("comfy.sample").prepare_noise(torch.zeros(1, 4, *SIZE), 5)
+    for image, one in zip(images, guided, strict=True):
+        plain = FlatVAE().decode(
+            sample(one, size=SIZE, noise=noise, cfg=4.0, steps=4, batch=1, seed=5)
+        )
+        torch.testing.assert_close(image, plain[0].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_method_is_an_error_before_the_first_image():
+    with pytest.raises(ValueError, match="'NAG' in methods is none of SEG, PAG, SAG, TPG, SLG"):
+        columns("SEG, NAG")

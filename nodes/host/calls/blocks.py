@@ -12,7 +12,7 @@ import torch
 from .rows import Rows
 from .trees import map_tensors
 
-Axes = Mapping[str, int]
+Axes = Mapping[str, int | None]
 OUTPUT = "return"
 """The name under which the axis of a block's output stands."""
 
@@ -62,7 +62,8 @@ def growing(
         blocks: the network's blocks, in forward order.
         rows: which rows join where.
         options: the host's options of the call, which tell others the conds of the rows.
-        axes: where the rows are not a tensor's first axis: name of the block's argument -> axis.
+        axes: where the rows are not a tensor's first axis: name of the block's argument -> axis,
+            or None if it has no rows.
     """
     before = [*shared, *(block for n, block in enumerate(blocks) if rows.present(n) < rows.total)]
     plain = {"cond_or_uncond": options["cond_or_uncond"], "uuids": options["uuids"]}
@@ -75,24 +76,20 @@ def growing(
 
     def enter(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         block = number - len(shared)  # negative before the first: no row has joined
-        told[:] = [options, *(v for v in (*args, *kwargs.values()) if _are_options(v))]
+        told[:] = [options, *(v for v in (*args, *kwargs.values()) if are_options(v))]
         tell(block)
 
-        def narrow(name: str, value: Any) -> Any:
-            axis = axes.get(name, 0)
-            if _are_options(value):
-                return value
-            return map_tensors(lambda tensor: rows.narrowed(tensor, block, axis), value)
-
-        names = _names(before[number]) if axes else [""] * len(args)
-        return (
-            tuple(narrow(name, value) for name, value in zip(names, args, strict=False)),
-            {name: narrow(name, value) for name, value in kwargs.items()},
+        return map_rows(
+            lambda tensor, axis: rows.narrowed(tensor, block, axis),
+            before[number].forward,
+            axes,
+            args,
+            kwargs,
         )
 
     def leave(number: int, out: Any) -> Any:
         tell(None)
-        block, axis = number - len(shared), axes.get(OUTPUT, 0)
+        block, axis = number - len(shared), axes.get(OUTPUT) or 0
         return map_tensors(lambda tensor: rows.widened(tensor, block, axis), out)
 
     told[:] = [options]
@@ -101,9 +98,41 @@ def growing(
         yield
 
 
-def _are_options(value: Any) -> bool:
+def map_rows(
+    change: Callable[[torch.Tensor, int], torch.Tensor],
+    forward: Callable[..., Any],
+    axes: Axes,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a block's arguments with its tensors changed; the host's options stay.
+
+    Args:
+        change: is given each tensor, and the axis on which its rows are.
+        forward: of the block.
+        axes: as in `growing`.
+        args: by position.
+        kwargs: by name.
+    """
+
+    def mapped(name: str, value: Any) -> Any:
+        axis = axes.get(name, 0)
+        if axis is None or are_options(value):
+            return value
+        return map_tensors(lambda tensor: change(tensor, axis), value)
+
+    names = names_of(forward) if axes else [""] * len(args)
+    return (
+        tuple(mapped(name, value) for name, value in zip(names, args, strict=False)),
+        {name: mapped(name, value) for name, value in kwargs.items()},
+    )
+
+
+def are_options(value: Any) -> bool:
+    """Tell whether an argument of a block is the host's options."""
     return isinstance(value, dict) and "cond_or_uncond" in value
 
 
-def _names(block: torch.nn.Module) -> list[str]:
-    return list(inspect.signature(block.forward).parameters)
+def names_of(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of a block's arguments, in order."""
+    return list(inspect.signature(forward).parameters)

@@ -26,6 +26,8 @@ class Join:
         chunk: the cond's place among those of the call.
         source: the cond's own rows.
         fork: number of the block from which on its rows differ from the cond's own.
+        passes: they pass blocks by; among those with the same fork they go last, so that the
+            others are neighbours there.
         uuid: an identity of its own, under which caches may keep it.
     """
 
@@ -34,6 +36,7 @@ class Join:
     source: slice
     fork: int
     uuid: Hashable
+    passes: bool = False
 
 
 class Rows:
@@ -41,7 +44,7 @@ class Rows:
 
     def __init__(self, plain: int, joins: Sequence[Join]) -> None:
         self.plain = plain
-        self.joins = sorted(joins, key=lambda join: join.fork)
+        self.joins = sorted(joins, key=lambda join: (join.fork, join.passes))
         ends = [plain]
         for join in self.joins:
             ends.append(ends[-1] + join.source.stop - join.source.start)

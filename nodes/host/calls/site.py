@@ -20,13 +20,17 @@ class Site:
         rows: the rows of the batch that it changes; none of them overlap.
         matrices: blur matrices of the run.
         look: what a probe wants to see; None without a probe.
-        reached: the layers whose attention was in fact changed.
+        seed: of the sampler.
+        step: number of the model evaluation in the run.
+        reached: the layers that were in fact changed.
     """
 
     perturbation: BlockPerturbation
     rows: tuple[slice, ...]
     matrices: BlurMatrices
     look: Look | None = None
+    seed: int = 0
+    step: int = 0
     reached: set[Target] = field(default_factory=set)
 
 
@@ -38,18 +42,18 @@ class Part:
     sites: tuple[Site, ...]
 
 
-def parts_of(sites: Iterable[Site], present: int, scale: int) -> list[Part]:
+def parts_of(sites: Iterable[Site], present: int, size: int) -> list[Part]:
     """Return all rows of a tensor in order, parted by which sites change them.
 
     Args:
         sites: those that act on the tensor.
         present: rows of the batch that are computed here.
-        scale: rows of the tensor for each of them: frames of a video may lie in the batch.
+        size: rows of the tensor: frames of a video may lie in the batch, or its places.
     """
     spans = [(rows, site) for site in sites for rows in site.rows if rows.start < present]
     edges = sorted({0, present, *(e for rows, _ in spans for e in (rows.start, rows.stop))})
     parts = []
     for start, stop in pairwise(edges):
         here = tuple(site for rows, site in spans if rows.start <= start and stop <= rows.stop)
-        parts.append(Part(slice(start * scale, stop * scale), here))
+        parts.append(Part(slice(start * size // present, stop * size // present), here))
     return parts

@@ -29,6 +29,18 @@ def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> A
     return value
 
 
+def merged(
+    change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], one: Any, other: Any
+) -> Any:
+    """Return the second of two values of one structure, its tensors changed with the first's."""
+    if torch.is_tensor(other):
+        return change(one, other)
+    if isinstance(other, list | tuple):
+        pairs = zip(one, other, strict=True)
+        return type(other)(merged(change, mine, theirs) for mine, theirs in pairs)
+    return other
+
+
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Return the tensors inside of a value, in order."""
     if torch.is_tensor(value):

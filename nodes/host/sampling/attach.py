@@ -23,6 +23,8 @@ from .run import Run
 from .step import Step
 
 log = logging.getLogger(__name__)
+_SEED = 7
+"""Where the seed stands among the arguments of the host's OUTER_SAMPLE."""
 _HOOKS_AFTER_MAIN = {
     "sampler_pre_cfg_function": "conds_out",
     "sampler_post_cfg_function": "denoised",
@@ -76,7 +78,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     options = guider.model_options["transformer_options"]
     recorder = recorder_of(guider.model_options)
-    run = Run(guider.model_patcher.get_model_object("model_sampling"), recorder)
+    seed = kwargs.get("seed", args[_SEED] if len(args) > _SEED else None)
+    run = Run(guider.model_patcher.get_model_object("model_sampling"), recorder, seed)
     options[KEY] = run
     try:
         result = executor(*args, **kwargs)

@@ -20,6 +20,8 @@ from ..calls.site import Site
 from ..calls.trees import joined, map_tensors
 from ..networks.view import View
 from ..settings.branch import Branch
+from ..settings.changes import PassBy
+from ..settings.perturbation import BlockPerturbation
 from .aside import REGROUPED, KeptControl, Prediction
 from .saliency import watch
 from .step import Step
@@ -46,6 +48,7 @@ class MainPass:
             return call.run()
         call.again = any(uuid in step.labels for uuid in call.uuids)
         step.labels.update(zip(call.uuids, call.options["cond_or_uncond"], strict=True))
+        self._bury(call)
         batches = self._batches(call) if step.is_open else []
         if step.is_open:
             self._keep_control(call, batches)
@@ -60,6 +63,17 @@ class MainPass:
                 self._say_why(batch.call, [(join.owner, join.chunk)], why)
         return out
 
+    def _bury(self, call: Call) -> None:
+        """Spare the branches whose perturbation changes nothing in calls like this one."""
+        run = self.step.run
+        for branch in self.step.active:
+            perturbation = branch.perturbation
+            if isinstance(perturbation, BlockPerturbation) and branch not in run.dead:
+                why = run.view(call.model).pointless(perturbation, call)
+                if why:
+                    run.dead.add(branch)
+                    run.report.spare(branch, why)
+
     def _key(self, call: Call, join: Join) -> tuple[Branch, Hashable, Hashable]:
         return join.owner, call.uuids[join.chunk], call.place
 
@@ -73,7 +87,10 @@ class MainPass:
                 branches := [
                     branch
                     for branch in step.active
-                    if branch.joins and branch not in step.run.idle and uuid in step.wanted(branch)
+                    if branch.joins
+                    and branch not in step.run.idle
+                    and branch not in step.run.dead
+                    and uuid in step.wanted(branch)
                 ]
             )
         }
@@ -126,12 +143,14 @@ class MainPass:
         return [self._join(call, view, branch, chunk) for branch, chunk in by_branch]
 
     def _join(self, call: Call, view: View, branch: Branch, chunk: int) -> Join:
+        assert isinstance(branch.perturbation, BlockPerturbation)
         targets = [branch.perturbation.targets[0]]
         # Rows that another branch perturbs in place differ from the plain ones from there on.
         targets += [b.perturbation.targets[0] for b in self._free_on(call.uuids[chunk])]
         fork = min(view.fork(target) for target in targets)
         uuid = self.step.run.private_uuid(branch, call.uuids[chunk])
-        return Join(branch, chunk, call.rows(chunk), fork, uuid)
+        passes = isinstance(branch.perturbation.change, PassBy)
+        return Join(branch, chunk, call.rows(chunk), fork, uuid, passes)
 
     def _free_on(self, uuid: Hashable) -> list[Branch]:
         free = [b for b in self.step.active if b.side == "free"]
@@ -176,13 +195,9 @@ class MainPass:
             return rows.present(view.fork(target))
 
         with ExitStack() as stack:
-            for branch in self.step.active:
-                if branch.watches:
-                    options = stack.enter_context(
-                        watch(branch, self.step.run, view, call, options, self.step.shape, present)
-                    )
-            if sites:
-                changed = view.changed(call, options, list(sites.values()), present)
+            watches = [watch(b, self.step, call) for b in self.step.active if b.watches]
+            if sites or watches:
+                changed = view.changed(call, options, list(sites.values()), present, watches)
                 options = dict(stack.enter_context(changed))
             if joins:
                 inner_wide = inner.mapped(rows.widened)

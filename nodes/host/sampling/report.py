@@ -45,6 +45,7 @@ class Report:
         """Model calls in which a branch's perturbation was at work."""
         self.controls_evaluated = 0
         self._said: dict[str, None] = {}
+        self._spared: set[Any] = set()
         self.milliseconds = 0.0
         """Of one evaluation, on average; known when the run is over."""
         self._began = 0.0
@@ -95,11 +96,17 @@ class Report:
             self._said[message] = None
             log.warning(message)
 
+    def spare(self, branch: Any, why: str) -> None:
+        """Warn at once that a branch does nothing in this run, and say nothing else of it."""
+        self._spared.add(branch)
+        self.warn_once(f"{branch.perturbation.label} has no effect in this run: {why}.")
+
     def finish(self, branches: list[Any]) -> None:
         """Say what the run did; the time of its steps ends here."""
         self.milliseconds = 1000 * (time.perf_counter() - self._began) / max(self.steps, 1)
         for branch in branches:
-            self._warn(branch)
+            if branch not in self._spared:
+                self._warn(branch)
             if self.guided[branch] and not _is_repeated(self.line(branch).rpartition(", ")[0]):
                 log.info(self.line(branch))
 

@@ -23,8 +23,11 @@ from .report import Report
 class Run:
     """One sampling call. It travels in the host's options, so two of them never meet."""
 
-    def __init__(self, model_sampling: Any, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, model_sampling: Any, recorder: Recorder | None = None, seed: int | None = None
+    ) -> None:
         self.model_sampling = model_sampling
+        self.seed = seed or 0
         self.recorder = recorder
         """What a probe records; None without a probe."""
         self.report = Report()
@@ -39,7 +42,7 @@ class Run:
         """Branches whose rows would be others' in this run, since another node regroups them."""
         self.dead: set[Branch] = set()
         """Branches whose perturbation reaches nothing in this run."""
-        self.masses: dict[Hashable, dict[Any, Any]] = {}
+        self.masses: dict[Hashable, Any] = {}
         self._compiled: list[tuple[Any, bool]] = []
         self._views: list[tuple[Any, View]] = []
         self._timestep: tuple[Any, float] = (None, 0.0)
@@ -84,7 +87,9 @@ class Run:
         """Return what a branch changes in one model call."""
         assert isinstance(branch.perturbation, BlockPerturbation)
         look = None if self.recorder is None else self.recorder.look(branch)
-        return Site(branch.perturbation, _merged(rows), self.matrices, look)
+        return Site(
+            branch.perturbation, _merged(rows), self.matrices, look, self.seed, self.report.steps
+        )
 
     def private_uuid(self, branch: Branch, original: Hashable) -> Hashable:
         """Return a branch's own, stable identity of a cond, so that caches tell them apart."""

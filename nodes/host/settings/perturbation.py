@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from ....seg_core import Block, Target, describe_targets
 from .changes import Change, Smooth, SmoothQueries
@@ -15,15 +15,17 @@ class Selection:
 
     catalogue: tuple[Block, ...]
     targets: tuple[Target, ...]
+    heads: Mapping[Target, tuple[int, ...]] = field(default_factory=dict)
+    """The chosen heads of layers of which not all are."""
 
     def name(self, targets: Iterable[Target]) -> str:
         """Return some of the network's layers in the selector language."""
-        return describe_targets(targets, self.catalogue)
+        return describe_targets(targets, self.catalogue, self.heads)
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPerturbation:
-    """A change to the self-attention of chosen blocks."""
+    """A change in chosen blocks."""
 
     label: str
     selection: Selection
@@ -33,6 +35,10 @@ class BlockPerturbation:
     def targets(self) -> tuple[Target, ...]:
         """Return the layers that are changed, in forward order."""
         return self.selection.targets
+
+    def heads(self, target: Target) -> tuple[int, ...] | None:
+        """Return the heads of a layer that are changed; None for all."""
+        return self.selection.heads.get(target)
 
     @property
     def where(self) -> str:

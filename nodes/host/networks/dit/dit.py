@@ -6,20 +6,28 @@ What differs from family to family stands in the table; how attention is changed
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from .....seg_core import Block, Target, select
+from .....seg_core import Block, Target, all_targets
 from ...calls.call import Call
 from ...calls.site import Site
-from ..view import Keep, Options, Present, View
+from ...settings.changes import Auto, Change, ChangeTokens, PassBy
+from ...settings.perturbation import Selection
+from ..entering import Carried
+from ..span import Span
+from ..view import Options, Present, View, Watch
 from .attention import changed_attention
-from .families import Family, auto_range, references
+from .families import Family, auto_range
+from .grids import references
 from .known import family_of
 from .layout import Layout
+
+_HEADS = ("num_heads", "n_heads", "heads", "n_local_heads", "num_attention_heads")
 
 
 class DiT(View):
@@ -27,8 +35,9 @@ class DiT(View):
 
     kind = "diffusion transformer"
 
-    def __init__(self, network: Any, family: Family) -> None:
+    def __init__(self, network: Any, family: Family, *, video: bool = False) -> None:
         self.network = network
+        self.video = video
         self.family = family
         self.axes = family.axes
 
@@ -47,7 +56,8 @@ class DiT(View):
                 f"{family.name} models ({type(network).__name__}) cannot be guided by perturbed "
                 f"attention: {family.unsupported}."
             )
-        return DiT(network, family)
+        dimensions = getattr(getattr(model, "latent_format", None), "latent_dimensions", 2)
+        return DiT(network, family, video=family.video and dimensions > 2)
 
     @cached_property
     def catalogue(self) -> list[Block]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,24 +89,56 @@ class DiT(View):
         """Return the number of a target's block."""
         return self.catalogue.index(Block(target.part, target.index))
 
-    def targets(self, selector: str) -> tuple[Target, ...]:
-        """Return the blocks that a selector names; `auto` is a middle range of the depth.
+    def module(self, target: Target) -> torch.nn.Module:
+        """Return a target's block."""
+        return self.blocks[self.fork(target)]
 
-        Raises:
-            ValueError: if it names none.
-        """
-        auto = [
-            Target(self.catalogue[n].part, self.catalogue[n].index)
-            for n in auto_range(self.family, len(self.catalogue))
-        ]
-        return select(selector, self.catalogue, auto)
+    def auto(self, purpose: Auto) -> Sequence[Target]:
+        """Return a middle range of the depth, or the blocks that are usually skipped."""
+        depth = len(self.catalogue)
+        usual = [number for number in self.family.skip if number < depth]
+        skips = purpose == "skip" and usual and len(usual) == len(self.family.skip)
+        numbers = usual if skips else auto_range(self.family, depth)
+        return [Target(self.catalogue[n].part, self.catalogue[n].index) for n in numbers]
 
-    def watching(self, label: str, selector: str) -> NoReturn:
-        """Refuse: the attention of these networks is not looked at."""
-        raise ValueError(
-            f"{label}: a mask from attention (blocks {selector!r}) needs a UNet, and "
-            f"{self.family.name} is a {self.kind}. Set mask to 'everywhere'."
-        )
+    def heads(self, target: Target) -> int | None:
+        """Return the number of heads of a block, by the names that networks give it."""
+        modules = [vars(module) for module in self.module(target).modules()]
+        found = (space[name] for space in modules for name in _HEADS if name in space)
+        return next((count for count in found if isinstance(count, int)), None)
+
+    @property
+    def one_picture(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return why there are no frames to smooth over; empty if there are."""
+        if self.video:
+            return ""
+        return f"{self.family.name} makes single pictures"
+
+    def frames(self, call: Call) -> int:
+        """Return the number of frames that attend to each other in one call."""
+        return self.layout(call).grid.frames
+
+    def carried(self, target: Target) -> Carried:
+        """Return which arguments of a target's block become its result."""
+        return self.family.carried.get(target.part, Carried((), None))
+
+    def span(self, call: Call, tokens: int, options: Options) -> Span | None:
+        """Return where the image's tokens lie among those that enter a block; None if nowhere."""
+        return self.layout(call).find(tokens, tokens, options)
+
+    def require(self, label: str, selection: Selection, change: Change) -> None:
+        """Refuse other tokens for blocks through which the image's do not go."""
+        shuffled = isinstance(change, ChangeTokens)
+        if not shuffled and not isinstance(change, PassBy):
+            return
+        carried = {target: self.carried(target) for target in selection.targets}
+        lacking = [t for t, c in carried.items() if not c.names or (shuffled and c.image is None)]
+        if lacking:
+            what = "the image's tokens do not enter" if shuffled else "it is not known how to pass"
+            raise ValueError(
+                f"{label}: {what} block {selection.name(lacking)} of {self.family.name}. Choose "
+                f"other blocks of {self.describe(all_targets(self.catalogue))}."
+            )
 
     def obstacle(self, call: Call) -> str:
         """Return why a call cannot take more rows; empty if it can."""
@@ -112,23 +154,26 @@ class DiT(View):
             grid,
             family.beside(network, call, grid),
             family.row(network, call, grid),
+            patch,
             references(call, patch) if family.references else 0,
         )
 
-    def changed(
-        self, call: Call, options: Options, sites: list[Site], present: Present
+    def changed_attention(
+        self,
+        call: Call,
+        options: Options,
+        sites: list[Site],
+        present: Present,
+        watches: Sequence[Watch],
     ) -> AbstractContextManager[Options]:
-        """Change the attention of some rows for the length of one call."""
-        modules = {
-            t: self.blocks[self.fork(t)] for site in sites for t in site.perturbation.targets
-        }
+        """Change the self-attention of some rows for the length of one call, or look at it."""
+        targets = [t for site in sites for t in site.perturbation.targets]
+        targets += [t for watch in watches for t in watch.targets]
         return changed_attention(
-            modules, self.layout(call), options, sites, present, first_only=self.family.first_only
+            {target: self.module(target) for target in dict.fromkeys(targets)},
+            self.layout(call),
+            options,
+            sites,
+            present,
+            watches,
         )
-
-    def watched(
-        self, options: Options, label: str, targets: tuple[Target, ...], keep: Keep
-    ) -> AbstractContextManager[Options]:
-        """Refuse, as `watching` does."""
-        del options, targets, keep
-        self.watching(label, "")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..span import Span
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -50,10 +52,41 @@ class Attention:
         return self.args[3] if len(self.args) > 3 else self.kwargs["heads"]
 
     @property
+    def scale(self) -> float | None:
+        """Return the factor of the logits; None for the usual one."""
+        return self.kwargs.get("scale")
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Return the mask of the logits."""
+        return self.args[4] if len(self.args) > 4 else self.kwargs.get("mask")
+
+    @property
     def masks_queries(self) -> bool:
         """Tell whether a mask treats queries differently."""
-        mask = self.args[4] if len(self.args) > 4 else self.kwargs.get("mask")
-        return mask is not None and mask.shape[-2] != 1
+        return self.mask is not None and self.mask.shape[-2] != 1
+
+    def mask_of(self, span: Span) -> torch.Tensor | None:
+        """Return the mask of an image's queries, as `(batch, heads, queries, keys)`."""
+        mask = self.mask
+        if mask is None:
+            return None
+        mask = mask[None] if mask.ndim == 2 else mask
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        return mask if mask.shape[2] == 1 else span.view(mask, 2).flatten(2, 3)
+
+    def as_sequences(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return queries and keys as `(batch, tokens, channels)`, of as many heads each."""
+        query, key = self.args[0], self.args[1]
+        if self.axis == 2:
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            return query.transpose(1, 2).flatten(2), key.transpose(1, 2).flatten(2)
+        key = key.flatten(2)  # of SD3 heads may be parted already
+        times = query.flatten(2).shape[2] // key.shape[2]
+        if times > 1:
+            width = query.flatten(2).shape[2] // self.heads
+            key = key.unflatten(2, (-1, width)).repeat_interleave(times, dim=2).flatten(2)
+        return query.flatten(2), key
 
     def of(self, rows: slice) -> Attention:
         """Return the attention of some rows of the batch."""

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from comfy.ldm.modules import attention
 
-from .....seg_core import Target, TokenGrid
+from .....seg_core import Target, column_mass
 from ...calls.site import Site
-from ...settings.changes import SeeItself, SmoothQueries
+from ..view import Mass, Watch
 from .change import Attend, Change
 from .place import Place
 
-Keep = Callable[[Target, torch.Tensor, torch.Tensor, int, TokenGrid], None]
 Options = dict[str, Any]
 
 
@@ -26,40 +25,45 @@ def changed_attention(
 ) -> Iterator[Options]:
     """Change the attention of some rows for the length of one call."""
     change = Change(unet, sites, present, partial(_minds_token_count, options))
-    targets = change.targets(SmoothQueries, SeeItself)
 
     def attend(target: Target, q: Any, k: Any, v: Any, extra: Options, attend: Attend) -> Any:
-        del target, extra
-        return change.attend(q, k, v, attend)
+        del target
+        return change.attend(q, k, v, extra["n_heads"], attend)
 
     patches = dict(options.get("patches", {}))
     # First in line: what others do to the queries, they do to the smoothed ones.
     patches["attn1_patch"] = [change.before, *patches.get("attn1_patch", [])]
     patches["attn1_output_patch"] = [change.after, *patches.get("attn1_output_patch", [])]
     own = {**options, "patches": patches}
-    with change.place.followed(targets):
+    with change.place.followed(change.targets(), change.over_time):
         yield replaced(own, change.attended(), attend)
 
 
 @contextmanager
 def watched_attention(
-    unet: Any, options: Options, label: str, targets: Iterable[Target], keep: Keep
+    unet: Any, options: Options, watch: Watch, present: Callable[[Target], int]
 ) -> Iterator[Options]:
-    """Show `keep` the queries and keys of some self-attentions of one call."""
+    """Let somebody measure some self-attentions of one call."""
     place = Place(unet)
 
     def look(target: Target, q: Any, k: Any, v: Any, extra: Options, attend: Attend) -> Any:
         if place.target == target:
             if q.shape[:2] != k.shape[:2]:
                 raise ValueError(
-                    f"{label}: block {place.name} has {q.shape[1]} queries for {k.shape[1]} keys, "
-                    "so its map cannot be laid over the image. A node such as HyperTile or ToMe "
-                    "tiles or merges tokens there; leave it out, or choose other blocks."
+                    f"{watch.label}: block {place.name} has {q.shape[1]} queries for "
+                    f"{k.shape[1]} keys, so its map cannot be laid over the image. A node such as "
+                    "HyperTile or ToMe tiles or merges tokens there; leave it out, or choose other "
+                    "blocks."
                 )
-            keep(target, q, k, extra["n_heads"], place.grid(k, label))
+            grid = place.grid(k, watch.label)
+
+            def measure(rows: slice) -> Mass:
+                return Mass(column_mass(q[rows], k[rows], extra["n_heads"]), grid)
+
+            watch.keep(target, q.shape[0] // present(target), measure)
         return attend(q, k, v)
 
-    chosen = list(targets)
+    chosen = list(watch.targets)
     with place.followed(chosen):
         yield replaced(options, chosen, look)
 

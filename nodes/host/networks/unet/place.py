@@ -18,6 +18,8 @@ class Place:
     def __init__(self, unet: Any) -> None:
         self.unet = unet  # the view, which stands above
         self.target: Target | None = None
+        self.over_time = False
+        """The attention that runs is that over frames, at each place by itself."""
         self._size: tuple[int, int] = (0, 0)
 
     def grid(self, tokens: torch.Tensor, label: str) -> TokenGrid:
@@ -27,6 +29,8 @@ class Place:
             ValueError: if the tokens are not that grid.
         """
         height, width = self._size
+        if self.over_time:
+            return TokenGrid(tokens.shape[1], 1, 1)
         if height * width == tokens.shape[1]:
             return TokenGrid(1, height, width)
         raise ValueError(
@@ -40,26 +44,35 @@ class Place:
         """Return the running block in the selector language."""
         return describe_targets([self.target] if self.target else [], self.unet.catalogue)
 
+    @property
+    def attn(self) -> Any:
+        """Return the running self-attention."""
+        module = self.unet.module_over_time if self.over_time else self.unet.module
+        return module(self.target).attn1
+
     @contextmanager
-    def followed(self, targets: Iterable[Target]) -> Iterator[None]:
-        """Follow one call through the blocks of some targets.
+    def followed(self, targets: Iterable[Target], over_time: bool = False) -> Iterator[None]:
+        """Follow one call through the blocks of some targets, and those over time beside them.
 
         Blocks are known by their modules, so that attention over time, which runs through the
         same code with the same names, is not taken for that over the image.
         """
         chosen = list(targets)
         layers = list(dict.fromkeys(self.unet.spatial(target) for target in chosen))
-        blocks = [self.unet.transformer(target) for target in chosen]
+        blocks = [self.unet.module(target) for target in chosen]
+        beside = [self.unet.module_over_time(target) for target in chosen] if over_time else []
 
         def enter_layer(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["x"]
             self._size = tuple(x.shape[-2:])
 
         def enter(number: int, *_: Any) -> None:
-            self.target = chosen[number]
+            self.target = chosen[number % len(chosen)]
+            self.over_time = number >= len(chosen)
 
         def leave(*_: Any) -> None:
             self.target = None
 
-        with hooked(layers, enter_layer, lambda *_: None), hooked(blocks, enter, leave):
+        both = [*blocks, *beside]
+        with hooked(layers, enter_layer, lambda *_: None), hooked(both, enter, leave):
             yield

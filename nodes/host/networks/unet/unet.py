@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from .....seg_core import Block, Target, describe, select
+from .....seg_core import Block, Target, TokenGrid, all_targets, describe
 from ...calls.call import Call
 from ...calls.compiled import eager
 from ...calls.site import Site
-from ...settings.perturbation import Selection
-from ..view import Keep, Options, Present, View
+from ...settings.changes import Auto
+from ..entering import Carried
+from ..span import Span
+from ..view import Options, Present, View, Watch
 from .attention import changed_attention, watched_attention
 
 
@@ -67,48 +70,74 @@ class UNet(View):
         """Return the layer that holds a target, and knows the size of its image."""
         return _transformers(self.parts[target.part][target.index])[0]
 
-    def transformer(self, target: Target) -> Any:
+    def module(self, target: Target) -> Any:
         """Return the transformer block whose self-attention a target is."""
         return self.spatial(target).transformer_blocks[target.transformer]
 
-    def targets(self, selector: str) -> tuple[Target, ...]:
-        """Return the self-attention layers that a selector names; `auto` is the middle block.
+    def module_over_time(self, target: Target) -> Any:
+        """Return the transformer block over frames that follows a target's."""
+        return self.spatial(target).time_stack[target.transformer]
+
+    @cached_property
+    def one_picture(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return why there are no frames to smooth over; empty if there are."""
+        layers = [self.spatial(target) for target in all_targets(self.catalogue)]
+        if layers and all(hasattr(layer, "time_stack") for layer in layers):
+            return ""
+        return "this UNet makes single pictures: it has no attention over time"
+
+    def frames(self, call: Call) -> int:
+        """Return the number of frames that attend to each other in one call."""
+        return 1 if self.one_picture else int(call.extra.get("num_video_frames") or 1)
+
+    def heads(self, target: Target) -> int:
+        """Return the number of heads of a layer."""
+        return self.module(target).n_heads
+
+    def carried(self, target: Target) -> Carried:
+        """Return which arguments of a target's block become its result."""
+        del target
+        return Carried(("x",), "x")
+
+    def span(self, call: Call, tokens: int, options: Options) -> Span:
+        """Return where the image's tokens lie: there are no others."""
+        del call, options
+        return Span(0, TokenGrid(1, 1, tokens), tokens)
+
+    def auto(self, purpose: Auto) -> Sequence[Target]:
+        """Return the middle block, or for other tokens all but the first quarter of the encoder.
 
         Raises:
-            ValueError: if it names none, or `auto` has no self-attention here.
+            ValueError: if these parts have no self-attention here.
         """
-        middle = [block for block in self.catalogue if block.part == "middle"]
-        if not middle and "auto" in selector.lower():
+        part = "input" if purpose == "tokens" else "middle"
+        layers = list(all_targets(block for block in self.catalogue if block.part == part))
+        if not layers:
+            name = "encoder" if purpose == "tokens" else "middle block"
             raise ValueError(
-                "blocks 'auto' means the middle block, and the middle block of this model has no "
+                f"blocks 'auto' means the {name}, and the {name} of this model has no "
                 f"self-attention. Blocks that have it: {describe(self.catalogue) or 'none'}."
             )
-        auto = [Target(b.part, b.index, t) for b in middle for t in range(b.transformers)]
-        return select(selector, self.catalogue, auto)
+        return layers[len(layers) // 4 :] if purpose == "tokens" else layers
 
-    def watching(self, label: str, selector: str) -> Selection:
-        """Return the blocks whose attention is looked at; `auto` is the first of the middle.
-
-        Raises:
-            ValueError: as `targets`.
-        """
-        del label
-        targets = self.targets(selector)
-        first_only = selector.strip().lower() == "auto"
-        return Selection(tuple(self.catalogue), targets[:1] if first_only else targets)
-
-    def changed(
-        self, call: Call, options: Options, sites: list[Site], present: Present
-    ) -> AbstractContextManager[Options]:
-        """Change the attention of some rows for the length of one call."""
+    @contextmanager
+    def changed_attention(
+        self,
+        call: Call,
+        options: Options,
+        sites: list[Site],
+        present: Present,
+        watches: Sequence[Watch],
+    ) -> Iterator[Options]:
+        """Change the self-attention of some rows for the length of one call, or look at it."""
         del call
-        return changed_attention(self, options, sites, present)
-
-    def watched(
-        self, options: Options, label: str, targets: tuple[Target, ...], keep: Keep
-    ) -> AbstractContextManager[Options]:
-        """Show `keep` the queries and keys of some self-attentions in one call."""
-        return watched_attention(self, options, label, targets, keep)
+        with ExitStack() as stack:
+            for watch in watches:
+                options = stack.enter_context(watched_attention(self, options, watch, present))
+            if sites:
+                changed = changed_attention(self, options, sites, present)
+                options = stack.enter_context(changed)
+            yield options
 
 
 def _transformers(block: Any) -> list[Any]:

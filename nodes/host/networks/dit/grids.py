@@ -1,0 +1,106 @@
+"""How families of diffusion transformers lay an image out as tokens, and what they put beside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .....seg_core import TokenGrid
+from ...calls.call import Call
+
+Patch = tuple[int, int, int]
+
+
+def patch_size(network: Any) -> Patch:
+    """Return frames, rows and columns of latent cells in one token."""
+    size = network.patch_size
+    *frames, rows, columns = (size, size) if isinstance(size, int) else size
+    return (frames[0] if frames else 1), rows, columns
+
+
+def one_cell(_network: Any) -> Patch:
+    """Return the patch of networks whose tokens are the latent's cells."""
+    return 1, 1, 1
+
+
+def cells_grid(network: Any, call: Call, patch: Patch) -> TokenGrid:
+    """Return the grid of an image or a video; the host pads to whole patches."""
+    del network
+    return grid_of(call.x.shape, patch)
+
+
+def grid_of(shape: Any, patch: Patch) -> TokenGrid:
+    """Return the token grid of a latent's shape."""
+    frames = shape[2] if len(shape) == 5 else 1
+    return TokenGrid(-(-frames // patch[0]), -(-shape[-2] // patch[1]), -(-shape[-1] // patch[2]))
+
+
+def references(call: Call, patch: Patch) -> int:
+    """Return the number of tokens of a call's reference images."""
+    images = call.extra.get("ref_latents") or ()
+    return sum(grid_of(image.shape, patch).tokens for image in images)
+
+
+def each_frame_alone(network: Any, call: Call, patch: Patch) -> TokenGrid:
+    """Return the grid of one frame: the others are images of their own."""
+    del network
+    return grid_of((*call.x.shape[:2], *call.x.shape[-2:]), patch)
+
+
+def without_guides(network: Any, call: Call, patch: Patch) -> TokenGrid:
+    """Return the grid of a video without the guide frames at its end: they are given, not made."""
+    del network
+    shapes = call.extra.get("latent_shapes")  # of audio-video models, whose x is packed
+    video = grid_of(call.x.shape if shapes is None else shapes[0], patch)
+    guides = call.extra.get("keyframe_idxs")
+    frames = 0 if guides is None else -(-guides.shape[2] // video.cells)
+    return TokenGrid(max(video.frames - frames, 1), video.height, video.width)
+
+
+def no_tokens(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return that nothing lies between the anchor and the image."""
+    del network, call, grid
+    return 0
+
+
+def one_token(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return that one token lies between the anchor and the image."""
+    del network, call, grid
+    return 1
+
+
+def padding(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return the number of tokens that fill the sequence up."""
+    del call
+    return -grid.tokens % (getattr(network, "pad_tokens_multiple", None) or 1)
+
+
+def reference_image(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return the number of tokens of a reference image."""
+    del grid
+    reference = call.extra.get("reference_latent")
+    if reference is None or network.ref_conv is None:
+        return 0
+    _, rows, columns = patch_size(network)
+    return (reference.shape[-2] // rows) * (reference.shape[-1] // columns)
+
+
+def reference_frames(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return the number of tokens of reference frames."""
+    reference = call.extra.get("reference_latent")
+    if reference is None:
+        return 0
+    return -(-reference.shape[2] // patch_size(network)[0]) * grid.cells
+
+
+def image_beside(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return the tokens of a row, of the image and of the one beside it."""
+    beside = call.extra.get("image_cond")
+    if beside is None:
+        return grid.width
+    return -(-(call.x.shape[-1] + beside.shape[-1]) // patch_size(network)[2])
+
+
+def only_image(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return the tokens of a row: the image's."""
+    del network, call
+    return grid.width
