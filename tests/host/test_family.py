@@ -195,6 +195,7 @@ def test_the_order_is_the_seeds_and_the_same_in_each_run():
     assert deviation(first, other) > 1e-3
 
 
+@pytest.mark.skipif("pixeldit" not in KINDS, reason="this ComfyUI has no such network")
 def test_blocks_that_the_image_does_not_enter_are_refused():
     with pytest.raises(ValueError, match=r"do not enter block pixel\.0"):
         guide("TPG", model_of("pixeldit"), blocks="pixel.0")

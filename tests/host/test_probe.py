@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from dit_models import available, latent_shape, sample_dit, tiny_dit
+from family_oracle import guide
 from host_models import PACK, conditioning, core_node, sample, seg, shared_model, tiny_model
 
 SIZE = (6, 10)
@@ -108,7 +109,7 @@ def test_block_quantities_equal_dense_ones(sigma):
     (block,) = record.steps[0].branches[0].blocks.values()
     assert block.queries == 15
     assert block.sampled == (2, 15)
-    heads = importlib.import_module(PACK + ".nodes.host.probe.look")._heads(logits[0].shape[0])
+    heads = importlib.import_module(PACK + ".nodes.host.probe.look")._spread(logits[0].shape[0])
     for measures, dense, matrix in (
         (block.plain, logits[0][heads], torch.eye(15, dtype=torch.float64)),
         (block.blurred, logits[1][heads], blur),
@@ -405,7 +406,7 @@ def test_a_transformer_s_quantities_equal_dense_ones():
     network = importlib.import_module(PACK + ".nodes.host").network_of(model, "SEG")
     first = network.targets("auto")[0]
     block = record.steps[0].branches[0].blocks[network.describe([first])]
-    chosen = importlib.import_module(PACK + ".nodes.host.probe.look")._heads
+    chosen = importlib.import_module(PACK + ".nodes.host.probe.look")._spread
     found = []
     for query, key, split, heads in calls:  # whichever is the block's, wherever its image lies
         if not split:
@@ -417,3 +418,42 @@ def test_a_transformer_s_quantities_equal_dense_ones():
             found.append((float(torch.logsumexp(logits, -1).mean()), float(variance)))
     measured = (block.plain.logsumexp, block.plain.variance)
     assert any(one == pytest.approx(measured, rel=1e-5) for one in found)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "flux", "wan"])
+def test_of_chosen_heads_those_alone_are_measured(kind):
+    """Queries of one head differ from those of another, and so do the numbers."""
+    found = {}
+    for heads in ("0", "1", "0-1"):
+        if kind == "sdxl":
+            watched, probe = probed(seg(tiny_model(), blocks=f"m0.0:h{heads}"))
+            samples = sample(watched, steps=1)
+        else:
+            block = "double.1" if kind == "flux" else "1"
+            watched, probe = probed(seg(tiny_dit(kind), blocks=f"{block}:h{heads}"))
+            samples = sample_dit(watched, kind, latent_shape(kind), steps=1)
+        record, _ = probe.record(samples)
+        (one,) = record.steps[0].branches[0].blocks.items()
+        name, block = one
+        assert name.endswith(f":h{heads}")
+        assert block.blurred.variance < 1e-8
+        found[heads] = block.plain.variance
+    assert found["0"] != pytest.approx(found["1"], rel=1e-3)
+    assert found["0-1"] == pytest.approx((found["0"] + found["1"]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["TPG", "SLG", "PAG", "SAG"])
+@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+def test_every_method_is_recorded(kind, method):
+    model = tiny_model() if kind == "sdxl" else tiny_dit(kind)
+    watched, probe = probed(guide(method, model, 2.0))
+    if kind == "sdxl":
+        samples = sample(watched, steps=2)
+    else:
+        samples = sample_dit(watched, kind, latent_shape(kind), steps=2)
+    record, made_it = probe.record(samples)
+    assert made_it
+    for step in record.steps:
+        (branch,) = step.branches.values()
+        assert branch.guidance > 0
+        assert (branch.shared, sum(branch.full.values())) == ((0, 1) if method == "SAG" else (1, 0))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from ..settings.changes import ChangeOutput
+from ....seg_core import Target, TokenGrid
+from ..calls.site import Site
+from ..settings.changes import ChangeOutput, SmoothQueries
 
 
 def in_heads(
@@ -44,6 +47,34 @@ def in_heads(
     for number, head in enumerate(heads):
         result.narrow(axis, head, 1).copy_(new.narrow(axis, number, 1))
     return result if apart else result.flatten(-2)
+
+
+def smoothed_heads(
+    site: Site,
+    target: Target,
+    count: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: TokenGrid,
+) -> torch.Tensor:
+    """Return queries of which some heads are smoothed, `(rows, tokens, channels)`.
+
+    Args:
+        site: the smoothing.
+        target: the layer.
+        count: number of heads.
+        query: the queries.
+        key: the keys of the first row, for probes.
+        grid: of the tokens.
+    """
+    change = site.perturbation.change
+    assert isinstance(change, SmoothQueries)
+    site.reached.add(target)
+    if site.look is not None:
+        one, keys = (t.unflatten(-1, (count, -1)).transpose(0, 1) for t in (query[0], key))
+        site.look.at_queries(target, one, keys, grid, change.smooth, site.matrices)
+    smooth = partial(change.smooth, grid=grid, matrices=site.matrices, one_query=False)
+    return in_heads(smooth, site.perturbation.heads(target), count, query)
 
 
 def is_mapless(change: object, heads: tuple[int, ...] | None) -> bool:

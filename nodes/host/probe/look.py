@@ -18,6 +18,7 @@ from ....seg_core import (
 )
 from ..settings.branch import Branch
 from ..settings.changes import Smooth
+from ..settings.perturbation import BlockPerturbation
 
 HEADS = 2
 QUERIES = 64
@@ -92,8 +93,8 @@ class Look:
         picked = self._picks.picked(count, grid.tokens, context.shape[0], tokens.device)
         after = smoothed if smoothed.shape[0] == 1 else smoothed[picked]
         pair = torch.stack([tokens[picked], after.expand(len(picked), -1)])
-        query = attn.to_q(pair).unflatten(-1, (count, -1))[:, :, _heads(count)]
-        key = attn.to_k(context[None])[0].unflatten(-1, (count, -1))[:, _heads(count)]
+        query = attn.to_q(pair).unflatten(-1, (count, -1))[:, :, _spread(count)]
+        key = attn.to_k(context[None])[0].unflatten(-1, (count, -1))[:, _spread(count)]
         self._measure(target, query.transpose(1, 2), key.transpose(0, 1), grid, picked, smooth)
 
     def at_queries(
@@ -109,13 +110,19 @@ class Look:
         """Look at queries that are smoothed themselves: `(heads, tokens, dim)` of one sample."""
         if (self._branch, target) in self._blocks:
             return
-        few = _heads(query.shape[0])
+        few = self._heads(target, query.shape[0])
         shared = query.shape[0] // key.shape[0]  # grouped queries have fewer heads of keys
         query, key = query[few], key[[head // shared for head in few]]
         picked = self._picks.picked(len(few), grid.tokens, key.shape[1], query.device)
         after = smooth(query, grid, matrices, False)[:, picked]
         pair = torch.stack([query[:, picked], after])
         self._measure(target, pair, key, grid, picked, smooth, scale)
+
+    def _heads(self, target: Target, count: int) -> list[int]:
+        """Return a few of the heads that are smoothed."""
+        assert isinstance(self._branch.perturbation, BlockPerturbation)
+        chosen = self._branch.perturbation.heads(target) or range(count)
+        return [chosen[place] for place in _spread(len(chosen))]
 
     def _measure(
         self,
@@ -137,5 +144,5 @@ class Look:
         self._blocks[self._branch, target] = BlockNotes(grid.tokens, sampled, numbers)
 
 
-def _heads(count: int) -> list[int]:
+def _spread(count: int) -> list[int]:
     return sorted({int((i + 0.5) / HEADS * count) for i in range(min(HEADS, count))})

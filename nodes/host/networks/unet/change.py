@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from .....seg_core import Target
 from ...calls.site import Part, Site, parts_of
 from ...settings.changes import ChangeOutput, SmoothQueries
-from ..heads import in_heads, is_mapless
+from ..heads import in_heads, is_mapless, smoothed_heads
 from .place import Place
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -138,7 +137,7 @@ class Change:
         if not lanes:
             return attend(q, k, v)
         if any(self._smoothed_in_heads(lane) for lane in lanes):
-            q = self._in_heads(q, heads)
+            q = self._in_heads(q, k, heads)
         if any(lane.is_short for lane in lanes):
             outs = self._apart(q, k, v, attend)
         else:
@@ -181,17 +180,13 @@ class Change:
             and site.perturbation.heads(self._target) is not None
         ]
 
-    def _in_heads(self, q: torch.Tensor, heads: int) -> torch.Tensor:
+    def _in_heads(self, q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
         """Return queries of which some heads are smoothed."""
         pieces = []
         for lane, own in zip(self._lanes, self._parted(q), strict=True):
             for site in self._smoothed_in_heads(lane):
-                change = site.perturbation.change
-                assert isinstance(change, SmoothQueries)
                 grid = self.place.grid(own, site.perturbation.label)
-                smooth = partial(change.smooth, grid=grid, matrices=site.matrices, one_query=False)
-                own = in_heads(smooth, site.perturbation.heads(self._target), heads, own)
-                site.reached.add(self._target)
+                own = smoothed_heads(site, self._target, heads, own, k[lane.part.rows.start], grid)
             pieces.append(own.reshape(-1, q.shape[-1]))
         return torch.cat(pieces).reshape(q.shape)
 
