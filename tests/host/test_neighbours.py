@@ -15,6 +15,7 @@ import comfy.samplers
 import pytest
 import torch
 from dit_models import TINY, available, tiny_dit
+from family_oracle import guide
 from host_models import PACK, conditioning, noise_like, sample, seg, tiny_model
 from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, wrapped
 from reuse_checks import difference, exact_model, outcome, part, require_equal
@@ -70,13 +71,22 @@ def test_a_perturbation_that_changes_nothing_pushes_nothing(kind, cfg):
     )  # fmt: skip
 
 
+FAMILY = {
+    "SEG": lambda model, reuse: seg(model, sigma=2.0, reuse=reuse),
+    "TPG": lambda model, reuse: guide("TPG", model, 3.0, reuse=reuse),
+    "SLG": lambda model, reuse: guide("SLG", model, 3.0, blocks="d0.1,m0", reuse=reuse),
+    "heads": lambda model, reuse: guide("PAG", model, 3.0, blocks="m0:h1-2", reuse=reuse),
+}
+
+
+@pytest.mark.parametrize("method", FAMILY)
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_call_beside_it_gives_what_whole_passes_give(kind):
+def test_one_call_beside_it_gives_what_whole_passes_give(kind, method):
     neighbour = KINDS[kind]
     plain = outcome(neighbour(exact_model()), **SETTINGS).latents
     for on, off in zip(
-        orders(neighbour, lambda m: seg(m, sigma=2.0)),
-        orders(neighbour, lambda m: seg(m, sigma=2.0, reuse=False)),
+        orders(neighbour, lambda m: FAMILY[method](m, True)),
+        orders(neighbour, lambda m: FAMILY[method](m, False)),
         strict=True,
     ):
         one, whole = outcome(on, **SETTINGS), outcome(off, **SETTINGS)
