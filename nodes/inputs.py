@@ -75,17 +75,33 @@ def branch(options: dict[str, str]) -> io.Input:
     )
 
 
-def shared(does: str, conditional: str) -> list[io.Input]:
-    """Return the inputs at the end of a node that perturbs blocks.
+def perturbing(
+    prediction: str,
+    selector: io.Input,
+    *own: io.Input,
+    does: str,
+    usual: str = "as in the released code.",
+    active: tuple[float, float] = (0.0, 1.0),
+) -> list[io.Input]:
+    """Return the inputs of a node that perturbs blocks.
 
     Args:
+        prediction: what it moves away from.
+        selector: the input of the blocks.
+        own: inputs that no other node has.
         does: what the node does to a prediction, as a verb.
-        conditional: where the branch of that name comes from.
+        usual: where the branch ``conditional`` comes from.
+        active: the window at first.
     """
     return [
+        model(),
+        scale(3.0, f"How strongly to move away from the {prediction}."),
+        *window(*active),
+        selector,
+        *own,
         branch(
             {
-                "conditional": conditional,
+                "conditional": usual,
                 "unconditional": "the prediction for the negative prompt.",
                 "free": f"another method: {does} the unconditional prediction itself, so no extra "
                 "pass; it needs cfg above 1, and a lower cfg than usual.",

@@ -53,10 +53,8 @@ class SEGuidancePAG(io.ComfyNode):
                 "identity attention",
                 "HeadHunter",
             ],
-            inputs=[
-                inputs.model(),
-                inputs.scale(3.0, "How strongly to move away from the perturbed prediction."),
-                *inputs.window(),
+            inputs=inputs.perturbing(
+                "perturbed prediction",
                 inputs.blocks(
                     "Which self-attention blocks to perturb. auto = the middle block of a UNet, a "
                     "middle range of a transformer.",
@@ -74,8 +72,8 @@ class SEGuidancePAG(io.ComfyNode):
                     tooltip="How far to draw the attention maps to the identity (SoftPAG). "
                     "1 = PAG. 0 = not at all, so no effect.",
                 ),
-                *inputs.shared("perturbs", "as in the released code."),
-            ],
+                does="perturbs",
+            ),
             outputs=[inputs.guided_model()],
         )
 

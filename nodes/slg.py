@@ -52,10 +52,8 @@ class SEGuidanceSLG(io.ComfyNode):
                 "SkipLayerGuidanceDiT",
                 "SkipLayerGuidanceSD3",
             ],
-            inputs=[
-                inputs.model(),
-                inputs.scale(3.0, "How strongly to move away from the prediction that skips."),
-                *inputs.window(0.01, 0.15),
+            inputs=inputs.perturbing(
+                "prediction that skips",
                 inputs.blocks(
                     "Which blocks to pass over. auto = 7-9 of SD3.5, 14 and 19 of LTX-Video, 10 of "
                     "Wan, a middle range of other transformers, the middle block of a UNet."
@@ -69,8 +67,10 @@ class SEGuidanceSLG(io.ComfyNode):
                     tooltip="What to pass over. block = all of it, as ComfyUI's own node. "
                     "attention = its self-attention gathers nothing for the image.",
                 ),
-                *inputs.shared("skips in", "as in ComfyUI's own node."),
-            ],
+                does="skips in",
+                usual="as in ComfyUI's own node.",
+                active=(0.01, 0.15),
+            ),
             outputs=[inputs.guided_model()],
         )
 

@@ -40,17 +40,15 @@ class SEGuidanceTPG(io.ComfyNode):
                 "token shuffle",
                 "shuffle tokens",
             ],
-            inputs=[
-                inputs.model(),
-                inputs.scale(3.0, "How strongly to move away from the shuffled prediction."),
-                *inputs.window(),
+            inputs=inputs.perturbing(
+                "shuffled prediction",
                 inputs.blocks(
                     "Which blocks the tokens enter shuffled. auto = the encoder of a UNet without "
                     "its first quarter, as in the paper; a middle range of a transformer "
                     "(experimental)."
                 ),
-                *inputs.shared("shuffles", "as in the released code."),
-            ],
+                does="shuffles",
+            ),
             outputs=[inputs.guided_model()],
         )
 
