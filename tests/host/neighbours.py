@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import comfy.controlnet
 import comfy.patcher_extension
 import comfy.samplers
@@ -186,6 +188,39 @@ class ActsThroughOptions(comfy.controlnet.ControlBase):
         transformer_options["patches"] = patches
 
 
+def cache_inside(model):
+    """As caches of features: code in the network's place, which remembers under each label."""
+
+    def cached(network, forward):
+        def run(x, *args, **kwargs):
+            options = next(v for v in (*args, *kwargs.values()) if isinstance(v, dict))
+            sides = options["cond_or_uncond"]
+            size = len(x) // len(sides)
+            rows = [slice(n * size, (n + 1) * size) for n in range(len(sides))]
+            state = vars(network).setdefault("known", {})
+            known = [state.setdefault(side, {"calls": 0, "residual": None}) for side in sides]
+            for one in known:
+                one["calls"] += 1
+            if all(one["calls"] % 2 == 0 and one["residual"] is not None for one in known):
+                return torch.cat([x[r] + k["residual"] for r, k in zip(rows, known, strict=True)])
+            out = forward(x, *args, **kwargs)
+            for row, one in zip(rows, known, strict=True):
+                one["residual"] = out[row] - x[row]
+            return out
+
+        return run
+
+    def run(apply_model, args):
+        network = model.model.diffusion_model
+        forward = network._forward
+        with mock.patch.object(network, "_forward", cached(network, forward)):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
 KINDS = {
     "predictions altered before cfg": altered_before_cfg,
     "adaptive projected guidance": apg,
@@ -200,4 +235,5 @@ KINDS = {
     "the network twice in a call": runs_twice,
     "two evaluations in a step": calls_twice,
     "a cache of steps": easy_cache,
+    "a cache inside the network": cache_inside,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import inspect
@@ -92,6 +93,32 @@ def test_one_call_beside_it_gives_what_whole_passes_give(kind, method):
         one, whole = outcome(on, **SETTINGS), outcome(off, **SETTINGS)
         require_equal(one, whole)
         assert difference(one.latents, plain) > 1e-3, "it acts"
+
+
+@pytest.mark.parametrize("method", FAMILY)
+def test_a_cache_inside_the_network_remembers_each_prediction_by_itself(method):
+    """As if the perturbed prediction had a network, and a cache, of its own."""
+    cached = KINDS["a cache inside the network"]
+    settings = {**SETTINGS, "cfg": 1.0}
+    ours = outcome(cached(FAMILY[method](exact_model(), True)), **settings)
+
+    def predictions(model):
+        seen = []
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(
+            lambda args: seen.append(args["cond_denoised"]) or args["denoised"]
+        )
+        outcome(model, **settings)
+        return seen
+
+    alone, plain = cached(exact_model()), exact_model()
+    assert difference(ours.latents, outcome(plain, **settings).latents) > 1e-3
+    guided = FAMILY[method](exact_model(), True)
+    seen = predictions(cached(guided))
+    known = vars(guided.model.diffusion_model)["known"]
+    assert set(known) == {0}, "what is left behind is the plain prediction's"
+    assert known[0]["calls"] == len(seen), "and counts the plain calls alone"
+    assert difference(seen[0], predictions(alone)[0]) <= NOTHING
 
 
 def test_conds_on_three_sides_under_a_nested_guider():
@@ -381,20 +408,24 @@ def by_blocks(model):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("method", "order"), [("SEG", "before"), ("SEG", "after"),
+                                               ("TPG", "before"), ("SLG", "after")])  # fmt: skip
 @pytest.mark.parametrize("compiled", [in_place, as_an_object, by_blocks])
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_a_compiled_network_is_guided_eagerly(compiled, order):
+def test_a_compiled_network_is_guided_eagerly(compiled, order, method):
     torch._dynamo.reset()
     small = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [0],
              "transformer_depth_output": [0, 0]}  # fmt: skip
-    expected = outcome(seg(exact_model("sd15", **small), sigma=2.0), steps=2)
+    guided = functools.partial(guide, method, scale=2.0, blocks="m0")
+    expected = outcome(guided(model=exact_model("sd15", **small)), steps=2)
     model = exact_model("sd15", **small)
-    guided = (
-        seg(compiled(model), sigma=2.0) if order == "before" else compiled(seg(model, sigma=2.0))
+    found = outcome(
+        guided(model=compiled(model)) if order == "before" else compiled(guided(model=model)),
+        steps=2,
     )
-    found = outcome(guided, steps=2)
     assert found.reasons == {"the model is compiled"}
     assert difference(found.latents, expected.latents) < 1e-5
+    plain = outcome(exact_model("sd15", **small), steps=2)
+    assert difference(expected.latents, plain.latents) > 1e-3
 
 
 # Messages.

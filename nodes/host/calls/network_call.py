@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .blocks import are_options
 from .call import KEY, Call
 from .compiled import eager, eagerly
 from .trees import map_tensors
 
 Handler = Callable[["NetworkCall"], Any]
 _INNERMOST = WrappersMP.DIFFUSION_MODEL
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class NetworkCall:
@@ -29,9 +31,7 @@ class NetworkCall:
         names: list[str] | None = None,
     ) -> None:
         self._run = run
-        if names is None:
-            names = list(inspect.signature(getattr(run, "original", run)).parameters)[: len(args)]
-        self._names = names
+        self._names = _names(getattr(run, "original", run), args) if names is None else names
         self._args = args
         self._kwargs = kwargs
 
@@ -70,6 +70,16 @@ class NetworkCall:
         options = "transformer_options"
         changed = {n: map_tensors(change, v) for n, v in self.arguments.items() if n != options}
         return self.replaced(**changed)
+
+
+def _names(forward: Callable[..., Any], args: list[Any]) -> list[str]:
+    """Return what a network calls its arguments, and some name where it does not say."""
+    known = inspect.signature(forward).parameters.values()
+    names = [one.name for one in known if one.kind not in _OPEN][: len(args)]
+    for number in range(len(names), len(args)):
+        is_options = are_options(args[number])
+        names.append("transformer_options" if is_options else f"argument {number}")
+    return names
 
 
 @contextmanager

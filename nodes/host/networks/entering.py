@@ -17,6 +17,7 @@ import torch
 from ....seg_core import Target
 from ..calls.blocks import OUTPUT, are_options, map_rows, names_of
 from ..calls.call import Call
+from ..calls.compiled import eager
 from ..calls.site import Site, parts_of
 from ..calls.trees import map_tensors, merged, tensors_in
 from ..settings.changes import ChangeTokens, PassBy
@@ -53,7 +54,8 @@ def changed_blocks(
         for target in dict.fromkeys(t for site in sites for t in site.perturbation.targets):
             here = [site for site in sites if target in site.perturbation.targets]
             blocks[target] = Entering(view, call, target, here, present(target))
-            stack.enter_context(_with_forward(view.module(target), blocks[target]))
+            module = eager(view.module(target))
+            stack.enter_context(_with_forward(module, blocks[target]))
         yield lambda target: blocks[target].inside if target in blocks else present(target)
 
 

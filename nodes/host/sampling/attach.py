@@ -89,6 +89,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
             recorder.finish(result, branches, run.report.warnings)
         return result
     finally:
+        run.memories.clear()
         options.pop(KEY, None)
 
 
@@ -111,6 +112,7 @@ def _predict_noise(
             return executor(x, timestep, model_options, seed)
         _tell_apart(executor.class_obj)
         step = Step(run, active, executor.class_obj)
+        run.memories.begin_step(executor.class_obj.inner_model.diffusion_model)
         ours = _main_options(step, model_options, x)
         try:
             return executor(x, timestep, ours, seed)
@@ -127,6 +129,8 @@ def _main_options(step: Step, model_options: dict[str, Any], x: torch.Tensor) ->
     options = with_apply_wrapper(model_options, MainPass(step), apply_model, compiled=compiled)
 
     def ended(result: str, args: dict[str, Any]) -> Any:
+        if step.in_main_pass:
+            step.run.memories.end_plain(args["model"].diffusion_model)
         step.end_main_pass(args)
         return args[result]
 

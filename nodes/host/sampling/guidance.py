@@ -119,7 +119,8 @@ def _with_perturbed(
             return None
         x, reference = start
     step.run.report.guided[branch] += 1
-    perturbed = _perturbed(branch, step, args, side, x)
+    with step.run.memories.of(branch, args["model"].diffusion_model):
+        perturbed = _perturbed(branch, step, args, side, x)
     if step.run.report.reached_nothing(branch):
         step.run.dead.add(branch)
         return None

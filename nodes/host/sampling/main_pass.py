@@ -49,6 +49,7 @@ class MainPass:
         call.again = any(uuid in step.labels for uuid in call.uuids)
         step.labels.update(zip(call.uuids, call.options["cond_or_uncond"], strict=True))
         self._bury(call)
+        step.run.memories.see(call.model.diffusion_model)
         batches = self._batches(call) if step.is_open else []
         if step.is_open:
             self._keep_control(call, batches)
@@ -125,6 +126,8 @@ class MainPass:
         """Return why no rows can join a call; empty if they can."""
         if self.step.run.is_compiled(call):
             return "the model is compiled"
+        if self.step.run.memories.forbids_joining:
+            return "another node's code runs the network and keeps what it computes"
         if call.options.get("patches", {}).get("middle_patch", []) != self.step.middle_patches:
             return "GLIGEN places objects for its prompt's own rows alone"
         return self.step.run.view(call.model).obstacle(call)

@@ -17,6 +17,7 @@ from ..networks.view import View
 from ..probe.recorder import Recorder
 from ..settings.branch import Branch
 from ..settings.perturbation import BlockPerturbation
+from .memory import Memories
 from .report import Report
 
 
@@ -32,6 +33,7 @@ class Run:
         """What a probe records; None without a probe."""
         self.report = Report()
         self.matrices = BlurMatrices()
+        self.memories = Memories()
         self.wanted: dict[Branch, set[Hashable]] = {}
         """The conds that each branch asked for in its last step."""
         self.called: dict[Branch, None] = {}
