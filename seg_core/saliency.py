@@ -19,6 +19,7 @@ from .kernels import gaussian_matrix, reflected_matrix, require_kernel
 
 _REFERENCE_TAPS = 9
 _LOGITS_AT_ONCE = 2**21
+_FEWEST_QUERIES = 16  # of a long clip: 8 MiB are one query of 40 heads
 
 
 def column_mass(
@@ -48,7 +49,8 @@ def column_mass(
         scale: factor of the logits; ``None`` for ``1 / sqrt(dim)``.
         mask: what an attention function takes: added to the logits, or booleans that keep;
             ``(batch or 1, heads or 1, queries or 1, keys)``.
-        chunk: queries treated at once; ``None`` keeps the piece of the map near 8 MiB.
+        chunk: queries treated at once; ``None`` keeps the piece of the map near 8 MiB, or at 16
+            queries where that is more.
 
     Returns:
         The mass of every key.
@@ -57,7 +59,7 @@ def column_mass(
         ValueError: if the heads do not divide the channels or ``chunk`` is below 1.
     """
     if chunk is None:
-        chunk = max(1, _LOGITS_AT_ONCE // (query.shape[0] * heads * key.shape[1]))
+        chunk = max(_FEWEST_QUERIES, _LOGITS_AT_ONCE // (query.shape[0] * heads * key.shape[1]))
     if chunk < 1:
         raise ValueError(f"the chunk must be at least 1 query, got {chunk}")
     dtype = working_dtype(query)
