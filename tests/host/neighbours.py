@@ -221,6 +221,39 @@ def cache_inside(model):
     return model
 
 
+def another_forward(model):
+    """As code for one family: a forward in the network's place, which runs no wrappers."""
+
+    def run(apply_model, args):
+        network = model.model.diffusion_model
+
+        def forward(x, timesteps=None, context=None, y=None, control=None,
+                    transformer_options=None, **kwargs):  # fmt: skip
+            options = transformer_options
+            return 1.1 * network._forward(x, timesteps, context, y, control, options, **kwargs)
+
+        with mock.patch.object(network, "forward", forward):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
+def around_forward(model):
+    """As hooks of libraries: a function around the network's forward."""
+
+    def run(apply_model, args):
+        network = model.model.diffusion_model
+        original = network.forward
+        with mock.patch.object(network, "forward", lambda *a, **k: 1.1 * original(*a, **k)):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
 KINDS = {
     "predictions altered before cfg": altered_before_cfg,
     "adaptive projected guidance": apg,
@@ -236,4 +269,6 @@ KINDS = {
     "two evaluations in a step": calls_twice,
     "a cache of steps": easy_cache,
     "a cache inside the network": cache_inside,
+    "another forward": another_forward,
+    "a function around the forward": around_forward,
 }

@@ -126,7 +126,19 @@ def _intercepted(call: Call, handle: Handler) -> Iterator[None]:
 
 
 def _runs_wrappers(network: Any) -> bool:
-    """Tell whether a network's forward runs the host's wrappers, by the names in its code."""
-    forwards = (vars(cls).get("forward") for cls in type(network).__mro__)
-    codes = (getattr(forward, "__code__", None) for forward in forwards if forward is not None)
+    """Tell whether a network's forward runs the host's wrappers, by the names in its code.
+
+    Where another node has put a forward of its own in its place, that one counts, and whatever it
+    holds on to: it may run the network's own.
+    """
+    own = vars(network).get("forward")
+    found = [vars(cls).get("forward") for cls in type(network).__mro__] if own is None else [own]
+    codes: list[Any] = []
+    for function in found:
+        function = getattr(function, "__func__", function)
+        codes.append(getattr(function, "__code__", None))
+        held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        held += [getattr(function, name, None) for name in ("func", "__wrapped__")]
+        held += getattr(function, "args", ())
+        found += [one for one in held if callable(one) and one not in found]
     return any(code is not None and _INNERMOST.upper() in code.co_names for code in codes)
