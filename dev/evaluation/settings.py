@@ -9,7 +9,7 @@ from typing import Any
 
 from dev.graphs import GUIDANCE, OFF
 
-SAG, PAG = "SEGuidanceSAG", "SEGuidancePAG"
+SAG, PAG, TPG, SLG = (f"SEGuidance{name}" for name in ("SAG", "PAG", "TPG", "SLG"))
 WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 SAG_BLUR = 2.0  # the node's default, in latent cells
 
@@ -20,7 +20,7 @@ class Setting:
 
     Attributes:
         name: what tables and pictures call it.
-        method: `off`, `SAG`, `PAG` or `SEG`.
+        method: `off`, `SAG`, `PAG`, `TPG`, `SLG` or `SEG`.
         node: the node's id, or None.
         inputs: of the node, but for the model.
         chooses: False for a variant that shows something but is not a candidate.
@@ -50,6 +50,16 @@ def pag(scale: float) -> Setting:
     return Setting(f"PAG scale {scale:g}", "PAG", PAG, {"scale": scale, **WHOLE})
 
 
+def tpg(scale: float, blocks: str = "auto") -> Setting:
+    """Return Token Perturbation Guidance at a scale."""
+    return Setting(f"TPG scale {scale:g}", "TPG", TPG, {"scale": scale, "blocks": blocks, **WHOLE})
+
+
+def slg(scale: float) -> Setting:
+    """Return Skip Layer Guidance at a scale, in all of sampling."""
+    return Setting(f"SLG scale {scale:g}", "SLG", SLG, {"scale": scale, **WHOLE})
+
+
 def seg(sigma: float, scale: float, **more: Any) -> Setting:
     """Return Smoothed Energy Guidance; `more` are other inputs of its node."""
     blur = {"infinite_blur": math.isinf(sigma), "blur_sigma": 0.0 if math.isinf(sigma) else sigma}
@@ -65,6 +75,9 @@ def demo_grid() -> list[Setting]:
         off(),
         *(sag(scale) for scale in (0.25, 0.5, 0.75, 1.5)),
         *(pag(scale) for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
+        # The demo model attends in its middle block alone.
+        *(tpg(scale, "middle") for scale in (0.1, 0.25, 0.5, 1.0)),
+        *(slg(scale) for scale in (0.1, 0.25, 0.5, 1.0)),
         *(seg(sigma, scale) for sigma in (1.0, 2.0, 4.0) for scale in (0.25, 0.5, 1.0)),
         *(seg(math.inf, scale) for scale in (0.1, 0.25, 0.5, 1.0, 3.0)),
         seg(math.inf, 3.0, rescale=0.7),
@@ -104,4 +117,4 @@ def shown_grid() -> list[Setting]:
 def checkpoint_grid(sigmas: Sequence[float], scales: Sequence[float]) -> list[Setting]:
     """Return what is compared on a person's checkpoint: the paper's rivals at one setting each."""
     own = [seg(sigma, scale) for scale in scales for sigma in sigmas]
-    return [off(), sag(0.75), pag(3.0), *own]
+    return [off(), sag(0.75), pag(3.0), tpg(3.0), *own]

@@ -495,3 +495,34 @@ def test_auto_of_skipped_blocks(kind, depth, expected):
     model = tiny_dit(kind, **({"num_layers": depth} if depth else {}))
     branch = guide("SLG", model).model_options["sampler_post_cfg_function"][-1].branch
     assert branch.perturbation.where == expected
+
+
+@pytest.mark.parametrize("kind", CORE)
+def test_a_threshold_of_nothing_blurs_everywhere(kind):
+    model = model_of(kind)
+    everywhere = sampled(guide("SAG", model, 0.5, mask="everywhere"), kind)
+    assert deviation(sampled(guide("SAG", model, 0.5, threshold=0.0), kind), everywhere) < 1e-6
+    assert deviation(sampled(guide("SAG", model, 0.5, threshold=1.0), kind), everywhere) > 1e-3
+    nothing = sampled(guide("SAG", model, 0.5, threshold=100.0), kind)
+    assert deviation(nothing, sampled(model, kind)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", CORE)
+def test_all_heads_by_name_are_all_heads(kind):
+    model = model_of(kind)
+    heads = 1 if kind == "sd3" else 2
+    name = selector(model, kind, [1])
+    for method in ("SEG", "PAG"):
+        some = sampled(guide(method, model, blocks=f"{name}:h0-{heads - 1}"), kind)
+        assert deviation(some, sampled(guide(method, model, blocks=name), kind)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", CORE)
+def test_tokens_in_their_own_order_push_nothing(kind, monkeypatch):
+    """The least that shuffling can do, and what it is measured against."""
+    tpg = importlib.import_module(PACK + ".nodes.tpg")
+    model = model_of(kind)
+    plain, shuffled = sampled(model, kind), sampled(guide("TPG", model), kind)
+    monkeypatch.setattr(tpg, "token_permutation", lambda tokens, *_: torch.arange(tokens))
+    assert deviation(sampled(guide("TPG", model), kind), plain) < bound(kind)
+    assert deviation(shuffled, plain) > 1e-2
