@@ -459,3 +459,54 @@ def test_short_runs_of_one_prompt_say_their_line_once(monkeypatch, caplog):
         server.instance.last_prompt_id = prompt
         sample(seg(tiny_model()), steps=1)
         assert sum("model evaluations guided" in m for m in caplog.messages) == lines
+
+
+# What depends on the rest of the batch, or on a draw: what is promised, and what is not.
+
+
+def shares_within_a_side(model):
+    """As style aligned within each prompt's images: what all attend to is drawn to the first's."""
+
+    def share(n, context, value, options):
+        size = len(context) // len(options["cond_or_uncond"])
+        first = context.unflatten(0, (-1, size))[:, :1].expand(-1, size, -1, -1).flatten(0, 1)
+        return n, (context + first) / 2, (value + first) / 2
+
+    model = model.clone()
+    model.set_model_attn1_patch(share)
+    return model
+
+
+def draws_in_each_call(model):
+    """As merging of tokens at random: every call of the model draws anew."""
+
+    def shifted(n, context, value, options):
+        shift = int(torch.randint(1, 9, ()))
+        return n, context.roll(shift, 1), value
+
+    model = model.clone()
+    model.set_model_attn1_patch(shifted)
+    return model
+
+
+def test_images_that_attend_to_each_other_keep_their_own_mates():
+    settings = {**SETTINGS, "batch": 2}
+    alone = outcome(shares_within_a_side(exact_model()), **settings).latents
+    assert difference(alone, outcome(exact_model(), **settings).latents) > 1e-3
+    for reuse in (True, False):
+        for model in orders(shares_within_a_side, lambda m: pag(m, 1e-12, reuse=reuse)):  # noqa: B023
+            assert difference(outcome(model, **settings).latents, alone) <= NOTHING
+    one, whole = (
+        outcome(shares_within_a_side(seg(exact_model(), sigma=2.0, reuse=reuse)), **settings)
+        for reuse in (True, False)
+    )
+    require_equal(one, whole)
+
+
+def test_a_random_draw_is_the_same_for_both_predictions_of_one_call():
+    """In one call nothing else differs; a whole pass draws anew, and its draw is pushed too."""
+    alone = outcome(draws_in_each_call(exact_model()), **SETTINGS).latents
+    joined = outcome(draws_in_each_call(pag(exact_model(), 1e-12)), **SETTINGS).latents
+    apart = outcome(draws_in_each_call(pag(exact_model(), 1e-12, reuse=False)), **SETTINGS).latents
+    assert difference(joined, alone) <= NOTHING
+    assert difference(apart, alone) > 1e-3
