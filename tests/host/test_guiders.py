@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import comfy.samplers
 import comfy_extras.nodes_custom_sampler as custom
 import nodes
 import pytest
@@ -88,6 +89,55 @@ def test_unconditional_branch_works_under_guiders_with_three_prompts(name):
         run=lambda model, size: custom_sampling(model, GUIDERS[name]),
     )  # fmt: skip
     assert found <= LARGEST
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_free_under_a_nested_guider_perturbs_what_is_compared_from_the_first_step(reuse):
+    def free(guider, **options):
+        model = shared_model()
+        guided = seg(model, sigma=1.3, branch="free", reuse=reuse)
+        return custom_sampling(guided, guider, **options)
+
+    def two(model):
+        return custom.CFGGuider.execute(model, POSITIVE, MIDDLE, 4.0)[0]
+
+    assert deviation(free(dual_cfg(4.0, 1.0, "nested")), free(two)) <= LARGEST
+
+    def negative(model):
+        return custom.BasicGuider.execute(model, NEGATIVE)[0]
+
+    plain = custom_sampling(shared_model(), negative, steps=1)
+    expected = plain + 2.0 * (free(two, steps=1) - plain)
+    found = free(dual_cfg(4.0, 2.0, "nested"), steps=1)
+    assert deviation(found, expected) <= LARGEST
+
+
+def test_free_waits_a_step_under_a_guider_with_sides_that_nobody_knows(caplog):
+    class Stranger(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            del seed
+            sides = [self.conds[name] for name in ("third", "negative", "positive")]
+            third, _, positive = comfy.samplers.calc_cond_batch(
+                self.inner_model, sides, x, timestep, model_options
+            )
+            return comfy.samplers.cfg_function(
+                self.inner_model, positive, third, 4.0, x, timestep,
+                model_options=model_options, cond=sides[2], uncond=sides[0],
+            )  # fmt: skip
+
+    def guider(model):
+        stranger = Stranger(model)
+        stranger.inner_set_conds({"positive": POSITIVE, "negative": NEGATIVE, "third": MIDDLE})
+        return stranger
+
+    def run(model, steps):
+        return custom_sampling(model, guider, steps=steps)
+
+    free = seg(shared_model(), sigma=1.3, branch="free")
+    assert torch.equal(run(free, 1), run(shared_model(), 1))
+    assert "is known after its first evaluation" in caplog.text
+    assert "window" not in caplog.text
+    assert deviation(run(free, 2), run(shared_model(), 2)) > 1e-5
 
 
 @pytest.mark.current_only

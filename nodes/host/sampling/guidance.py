@@ -78,6 +78,7 @@ def _compared(branch: Branch, step: Step, args: Args) -> tuple[torch.Tensor, tor
     run = step.run
     step.asked.add(branch)
     run.called[branch] = None
+    run.report.guided.setdefault(branch, 0)
     run.idle.discard(branch)
     side = _side(branch, run, args)
     if side is None or _misses_main_pass(branch, step):
@@ -102,7 +103,11 @@ def _compared(branch: Branch, step: Step, args: Args) -> tuple[torch.Tensor, tor
         return None
     if branch.side == "free":
         if step.freed.isdisjoint(run.wanted[branch]):
-            return None  # a guider's first step: other conds were perturbed than are compared
+            run.report.warn_once(
+                f"{branch.perturbation.label}: which prompts this guider compares is known after "
+                "its first evaluation. Branch 'free' begins there."
+            )
+            return None
         run.report.guided[branch] += 1
         return compared, prediction
     return _with_perturbed(branch, step, args, side, prediction)

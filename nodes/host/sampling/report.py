@@ -34,6 +34,7 @@ class Report:
     def __init__(self) -> None:
         self.steps = 0
         self.guided: Counter[Any] = Counter()
+        """Evaluations that a branch guided; 0 where it was asked to and had to pause."""
         self.shared: Counter[Any] = Counter()
         """Perturbed predictions that were made in the call of the plain one."""
         self.full: Counter[tuple[Any, str]] = Counter()
@@ -124,7 +125,7 @@ class Report:
 
     def _warn(self, branch: Any) -> None:
         label = branch.perturbation.label
-        if self.steps and not self.guided[branch]:
+        if self.steps and branch not in self.guided:
             percent = (branch.window.start_percent, branch.window.end_percent)
             self.warn_once(
                 f"{label} had no effect: its window {percent[0]:g} to {percent[1]:g} of sampling "

@@ -12,6 +12,8 @@ from ..settings.branch import Branch
 from .aside import Aside
 from .run import Run
 
+_SIDES = {"positive", "negative", "middle", "empty_negative_prompt"}
+
 
 class Step:
     """One evaluation of the guided model.
@@ -89,10 +91,20 @@ class Step:
         return self.likely(branch) if known is None else known
 
     def likely(self, branch: Branch) -> set[Hashable]:
-        """Return the conds that a branch perturbs under the guiders that ComfyUI ships."""
-        name = "positive" if branch.side == "conditional" else "negative"
-        conds = getattr(self._guider, "conds", {}).get(name) or ()
-        return {cond["uuid"] for cond in conds}
+        """Return the conds that a branch perturbs under the guiders that ComfyUI ships.
+
+        Under others with more than two sides `free` waits a step: what it perturbs for nothing
+        would be in the plain prediction.
+        """
+        conds = getattr(self._guider, "conds", {})
+        cond, uncond = "positive", "negative"
+        if "middle" in conds:  # DualCFGGuider compares neighbours
+            nested = getattr(self._guider, "nested", False)
+            cond, uncond = ("positive", "middle") if nested else ("middle", "negative")
+        if branch.side == "free" and conds.keys() - _SIDES:
+            return set()
+        side = cond if branch.side == "conditional" else uncond
+        return {one["uuid"] for one in conds.get(side) or ()}
 
     def close(self) -> None:
         """Let go of everything, and note whose rows were computed for nothing."""
