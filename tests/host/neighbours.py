@@ -178,6 +178,12 @@ def perp_cfg(model):
     return core_node("nodes_tcfg", "TCFG", model)
 
 
+def both_sides(model):
+    """ComfyUI's NAG: the attention of one side of cfg is made of that of both."""
+    widgets = {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5}
+    return core_node("nodes_nag", "NAGuidance", model, **widgets)
+
+
 class ActsThroughOptions(comfy.controlnet.ControlBase):
     """A ControlNet that gives nothing, and patches the network through the options instead."""
 
@@ -262,6 +268,7 @@ KINDS = {
     "pieces, one call each": in_pieces,
     "pieces regrouped in one call": regrouped,
     "effects by side": reads_the_label,
+    "attention made of both sides": both_sides,
     "state in the model's options": momentum,
     "functions in conditions": functions_in_conditions,
     "wrappers dropped": wrappers_dropped,

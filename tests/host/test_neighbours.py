@@ -15,11 +15,20 @@ import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
-from dit_models import TINY, available, tiny_dit
+from dit_models import TINY, available, sample_dit, tiny_dit
+from dit_oracle import float64_rotary, shape_of
 from family_oracle import guide
 from host_models import PACK, conditioning, noise_like, sample, seg, tiny_model
 from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, wrapped
-from reuse_checks import difference, exact_model, outcome, part, require_equal
+from reuse_checks import (
+    control_net,
+    controlled_pair,
+    difference,
+    exact_model,
+    outcome,
+    part,
+    require_equal,
+)
 
 NOTHING = 1e-6
 SETTINGS = {"size": (8, 12), "steps": 4}
@@ -154,6 +163,54 @@ def test_the_table_of_neighbours_has_a_row_for_each():
     rows = re.findall(r"^\| ([^|]+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert rows[0] == "Kind"
     assert rows[1:] == list(KINDS)
+
+
+NAG = KINDS["attention made of both sides"]
+
+
+@pytest.mark.parametrize("cfg", [4.0, 1.0])
+@pytest.mark.parametrize("kind", [kind for kind in ("flux", "chroma", "krea2") if available(kind)])
+def test_attention_made_of_both_sides_of_a_transformer(kind, cfg):
+    def run(model):
+        with float64_rotary():
+            return sample_dit(model, kind, shape_of(kind, (3, 4), batch=2), cfg=cfg)
+
+    def model():
+        return tiny_dit(kind, dtype=torch.float64)
+
+    plain = run(NAG(model()))
+    assert difference(plain, run(model())) > 1e-3
+    guided = {}
+    for reuse in (True, False):
+        for side in ("conditional", "unconditional"):
+            for found in (
+                pag(NAG(model()), 1e-12, branch=side, reuse=reuse),
+                NAG(pag(model(), 1e-12, branch=side, reuse=reuse)),
+            ):
+                assert difference(run(found), plain) <= NOTHING
+        guided[reuse] = run(NAG(pag(seg(model(), sigma=1.0, reuse=reuse), reuse=reuse)))
+    assert difference(guided[True], guided[False]) <= NOTHING
+    assert difference(guided[True], plain) > 1e-3
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_several_prompts_and_perturbations_beside_attention_made_of_both_sides(controlled):
+    positive = conditioning(1, area=(8, 6, 0, 0)) + conditioning(3)
+    negative = conditioning(2)
+    if controlled:
+        positive, negative = controlled_pair(positive, negative, control_net()[0], size=(8, 12))
+    settings = {**SETTINGS, "positive": positive, "negative": negative}
+    plain = outcome(NAG(exact_model()), **settings)
+    for reuse in (True, False):
+        model = seg(pag(exact_model(), 1e-12, reuse=reuse), sigma=1e-3, reuse=reuse)
+        assert difference(outcome(NAG(model), **settings).latents, plain.latents) <= NOTHING
+    one, whole = (
+        outcome(NAG(pag(seg(exact_model(), reuse=reuse), reuse=reuse)), **settings)
+        for reuse in (True, False)
+    )
+    assert one.reasons == set()
+    require_equal(one, whole)
+    assert difference(one.latents, plain.latents) > 1e-3
 
 
 class Objects(torch.nn.Module):

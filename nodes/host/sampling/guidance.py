@@ -182,7 +182,12 @@ def _perturbed(branch: Branch, step: Step, args: Args, side: str, x: torch.Tenso
     # Under the label that the plain pass gave these conds: others go by it.
     known = (step.labels[c["uuid"]] for c in args[side] if c["uuid"] in step.labels)
     label = next(known, int(side == "uncond"))
-    sides: list[Any] = [None] * max(2, label + 1)
+    sides: list[Any] = [None] * (1 + max(1, label, *step.labels.values()))
+    others = args["uncond" if side == "cond" else "cond"] or []
+    mates = perturbed_pass.mates(args[side], others, options["transformer_options"])
+    for at in {step.labels[cond["uuid"]] for cond in mates}:
+        same = [cond for cond in mates if step.labels[cond["uuid"]] == at]
+        sides[at] = perturbed_pass.conds(same)
     sides[label] = perturbed_pass.conds(args[side])
     options = _in_the_same_step(options)
     evaluate = options.get("sampler_calc_cond_batch_function")

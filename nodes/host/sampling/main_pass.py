@@ -14,6 +14,7 @@ import torch
 from ....seg_core import Target
 from ..calls.blocks import growing
 from ..calls.call import Call
+from ..calls.mates import among_mates, see_mates
 from ..calls.network_call import NetworkCall, handled
 from ..calls.rows import Join, Rows
 from ..calls.site import Site
@@ -48,6 +49,7 @@ class MainPass:
             return call.run()
         call.again = any(uuid in step.labels for uuid in call.uuids)
         step.labels.update(zip(call.uuids, call.options["cond_or_uncond"], strict=True))
+        step.together.append(set(call.uuids))
         self._bury(call)
         step.run.memories.see(call.model.diffusion_model)
         batches = self._batches(call) if step.is_open else []
@@ -81,6 +83,7 @@ class MainPass:
     def _batches(self, call: Call) -> list[Batch]:
         """Return a call in as few batches as fit into memory with the rows that join them."""
         step = self.step
+        are_mates = len(call.uuids) > 1 and see_mates(call.options)
         wanted = {
             chunk: branches
             for chunk, uuid in enumerate(call.uuids)
@@ -91,7 +94,7 @@ class MainPass:
                     if branch.joins
                     and branch not in step.run.idle
                     and branch not in step.run.dead
-                    and uuid in step.wanted(branch)
+                    and not step.wanted(branch).isdisjoint(call.uuids if are_mates else [uuid])
                 ]
             )
         }
@@ -110,13 +113,15 @@ class MainPass:
         batches: list[Batch] = []
         room = _room(call)
         left = range(len(call.uuids))
+        least = len(left) if are_mates else 1
         while left:
             sizes = [1 + len(wanted.get(chunk, ())) for chunk in left]
-            count = next((n for n in range(len(left), 1, -1) if sum(sizes[:n]) <= room), 1)
+            counts = range(len(left), least, -1)
+            count = next((n for n in counts if sum(sizes[:n]) <= room), least)
             chunks, left = left[:count], left[count:]
             here = [(b, n) for n, chunk in enumerate(chunks) for b in wanted.get(chunk, ())]
             part = call.part(chunks)
-            if sizes[0] > room:  # of the first cond alone
+            if sum(sizes[:least]) > room:
                 self._say_why(part, here, "memory is short")
                 here = []
             batches.append(Batch(part, self._joins(part, here)))
@@ -149,15 +154,16 @@ class MainPass:
         assert isinstance(branch.perturbation, BlockPerturbation)
         targets = [branch.perturbation.targets[0]]
         # Rows that another branch perturbs in place differ from the plain ones from there on.
-        targets += [b.perturbation.targets[0] for b in self._free_on(call.uuids[chunk])]
+        mates = call.uuids if see_mates(call.options) else [call.uuids[chunk]]
+        targets += [b.perturbation.targets[0] for b in self._free_on(mates)]
         fork = min(view.fork(target) for target in targets)
         uuid = self.step.run.private_uuid(branch, call.uuids[chunk])
         passes = isinstance(branch.perturbation.change, PassBy)
         return Join(branch, chunk, call.rows(chunk), fork, uuid, passes)
 
-    def _free_on(self, uuid: Hashable) -> list[Branch]:
+    def _free_on(self, uuids: list[Hashable]) -> list[Branch]:
         free = [b for b in self.step.active if b.side == "free"]
-        return [b for b in free if uuid in self.step.wanted(b)]
+        return [b for b in free if not self.step.wanted(b).isdisjoint(uuids)]
 
     def _keep_control(self, call: Call, batches: list[Batch]) -> None:
         """Keep what ControlNets gave for conds of which a whole pass will be made."""
@@ -192,7 +198,7 @@ class MainPass:
         view = self.step.run.view(call.model)
         rows = Rows(inner.rows, joins)
         sites = self._sites(call, rows)
-        options = dict(inner.options)
+        options = dict(among_mates(inner.options, rows))
 
         def present(target: Target) -> int:
             return rows.present(view.fork(target))

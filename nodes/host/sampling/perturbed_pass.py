@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 
 from ..calls.call import Call
 from ..calls.control import ControlStandIn
+from ..calls.mates import see_mates
 from ..calls.network_call import NetworkCall, handled
 from ..calls.trees import joined, map_tensors
 from ..settings.branch import Branch
 from ..settings.perturbation import BlockPerturbation
 from .aside import Prediction
 from .step import Step
+
+Conds = list[dict[str, Any]]
 
 
 class PerturbedPass:
@@ -25,10 +29,11 @@ class PerturbedPass:
         self.branch = branch
         self.different = different
         """Why nothing of the main pass can be the same; empty if something can."""
+        self._mates: set[Hashable] = set()
+        self._stand_ins: dict[int, ControlStandIn] = {}
 
-    def conds(self, conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def conds(self, conds: Conds) -> Conds:
         """Return the conds of this pass: their own identities, and ControlNets that wait."""
-        stand_ins: dict[int, ControlStandIn] = {}
         own = []
         for cond in conds:
             copy = {**cond, "uuid": self.step.run.private_uuid(self.branch, cond["uuid"])}
@@ -36,12 +41,34 @@ class PerturbedPass:
             if control is not None and not self.different:
                 # One stand-in for each: the host batches conds that share one object.
                 stand_in = ControlStandIn(control, self._known_control)
-                copy["control"] = stand_ins.setdefault(id(control), stand_in)
+                copy["control"] = self._stand_ins.setdefault(id(control), stand_in)
             own.append(copy)
         return own
 
+    def mates(self, conds: Conds, others: Conds, options: dict[str, Any]) -> Conds:
+        """Return which conds have to be evaluated beside those of a whole pass.
+
+        Args:
+            conds: those that the branch asks for.
+            others: those of the other side.
+            options: the host's options for the network.
+
+        Returns:
+            The others that were in one plain call with any of them, if a patch may have seen both.
+        """
+        uuids = {cond["uuid"] for cond in conds}
+        put_aside = {key[1] for key in self.step.aside.predictions if key[0] is self.branch}
+        if not see_mates(options) or not (self.different or uuids - put_aside):
+            return []
+        beside = set().union(*(call for call in self.step.together if call & uuids)) - uuids
+        mates = [cond for cond in others if cond["uuid"] in beside]
+        self._mates.update(self.step.run.private_uuid(self.branch, c["uuid"]) for c in mates)
+        return mates
+
     def apply(self, call: Call) -> torch.Tensor:
         """Run one model call of the perturbed pass."""
+        if self._mates.issuperset(call.uuids):  # alone they are nobody's
+            return call.run()
         report = self.step.run.report
         before = report.counts(self.branch)
         compiled = self.step.run.is_compiled(call)

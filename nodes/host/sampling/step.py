@@ -25,6 +25,7 @@ class Step:
         evaluated: the plain predictions before other nodes altered them, by the conds' identities.
         input: the latent that its plain predictions were made of.
         labels: which side the plain pass took each cond for.
+        together: the conds of each of its calls.
         asked: the branches that asked for their prediction.
         shape: of the latent.
         middle_patches: other nodes' patches of that name; what a call has besides is its prompt's.
@@ -40,6 +41,7 @@ class Step:
         self.active = active
         self.aside = Aside()
         self.labels: dict[Hashable, int] = {}
+        self.together: list[set[Hashable]] = []
         self.evaluated: dict[tuple[Hashable, ...], torch.Tensor] = {}
         self.input: torch.Tensor | None = None
         self.asked: set[Branch] = set()
