@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
 import importlib
 import inspect
@@ -439,50 +438,6 @@ def test_a_transformer_whose_class_was_exchanged_is_known_by_its_model(kind):
     network.__class__ = type("Exchanged", (torch.nn.Module,), {})
     assert known is not None
     assert families.family_of(network, model.model) is known
-
-
-# Compiled otherwise than by ComfyUI's node.
-
-
-def in_place(model):
-    model.model.diffusion_model.compile(backend="eager")
-    return model
-
-
-def as_an_object(model):
-    model = model.clone()
-    network = model.get_model_object("diffusion_model")
-    model.add_object_patch("diffusion_model", torch.compile(network, backend="eager"))
-    return model
-
-
-def by_blocks(model):
-    model = model.clone()
-    layer = "diffusion_model.middle_block.1.transformer_blocks.0"
-    block = model.get_model_object(layer)
-    model.add_object_patch(layer, torch.compile(block, backend="eager"))
-    return model
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("method", "order"), [("SEG", "before"), ("SEG", "after"),
-                                               ("TPG", "before"), ("SLG", "after")])  # fmt: skip
-@pytest.mark.parametrize("compiled", [in_place, as_an_object, by_blocks])
-def test_a_compiled_network_is_guided_eagerly(compiled, order, method):
-    torch._dynamo.reset()
-    small = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [0],
-             "transformer_depth_output": [0, 0]}  # fmt: skip
-    guided = functools.partial(guide, method, scale=2.0, blocks="m0")
-    expected = outcome(guided(model=exact_model("sd15", **small)), steps=2)
-    model = exact_model("sd15", **small)
-    found = outcome(
-        guided(model=compiled(model)) if order == "before" else compiled(guided(model=model)),
-        steps=2,
-    )
-    assert found.reasons == {"the model is compiled"}
-    assert difference(found.latents, expected.latents) < 1e-5
-    plain = outcome(exact_model("sd15", **small), steps=2)
-    assert difference(expected.latents, plain.latents) > 1e-3
 
 
 # Messages.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
+from .call import KEY
+from .compiled import eager, eagerly
 from .rows import Rows
 from .trees import map_tensors
 
 Axes = Mapping[str, int | None]
+Options = dict[str, Any]
 OUTPUT = "return"
 """The name under which the axis of a block's output stands."""
 
@@ -27,24 +31,41 @@ def hooked(
 
     `enter` may return other arguments, and `leave` another output.
     """
-    handles = []
-    try:
+    with ExitStack() as stack:
         for number, module in enumerate(modules):
-            before = _before(number, enter)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(_after(number, leave)))
+            own = partial(enter, number), partial(leave, number)
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                stack.enter_context(_around_compiled(module, *own))
+                continue
+            before, after = _hooks(*own)
+            hook = module.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield
+
+
+def _hooks(enter: Callable[..., Any], leave: Callable[..., Any]) -> tuple[Any, Any]:
+    return lambda _module, args, kwargs: enter(args, kwargs), lambda _m, _args, out: leave(out)
+
+
+@contextmanager
+def _around_compiled(
+    module: Any, enter: Callable[..., Any], leave: Callable[..., Any]
+) -> Iterator[None]:
+    """Do what hooks do to a module that is compiled in place: its graph knows of no later ones."""
+    compiled = module._compiled_call_impl
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = enter(args, kwargs) or (args, kwargs)
+        out = compiled(*args, **kwargs)
+        other = leave(out)
+        return out if other is None else other
+
+    module._compiled_call_impl = run
+    try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _before(number: int, enter: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda _module, args, kwargs: enter(number, args, kwargs)
-
-
-def _after(number: int, leave: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda _module, _args, out: leave(number, out)
+        module._compiled_call_impl = compiled
 
 
 @contextmanager
@@ -81,7 +102,7 @@ def growing(
 
         return map_rows(
             lambda tensor, axis: rows.narrowed(tensor, block, axis),
-            before[number].forward,
+            eager(before[number]).forward,
             axes,
             args,
             kwargs,
@@ -96,6 +117,50 @@ def growing(
     tell(None)
     with hooked(before, enter, leave):
         yield
+
+
+@contextmanager
+def keeping_compiled(
+    blocks: Sequence[torch.nn.Module],
+    compiled: Collection[int],
+    changed: Collection[int],
+    plain: Options,
+    own: Options,
+) -> Iterator[None]:
+    """Run compiled blocks as they are for one call, and eagerly those that are changed in it.
+
+    Graphs hold on to what they saw first, and are made anew for anything else, so the former are
+    shown the options of an unguided call.
+
+    Args:
+        blocks: of the network.
+        compiled: numbers of those that are compiled.
+        changed: numbers of those that are changed.
+        plain: the host's options without the change.
+        own: the options with it.
+    """
+    numbers = sorted(compiled)
+    ours = {KEY, *(name for name in own if own[name] is not plain.get(name))}
+
+    def shown(value: Any) -> Any:
+        if not are_options(value):
+            return value
+        others = {name: one for name, one in value.items() if name not in ours}
+        return others | {name: plain[name] for name in ours - {KEY} if name in plain}
+
+    with ExitStack() as stack:
+
+        def enter(number: int, args: tuple[Any, ...], kwargs: Options) -> Any:
+            if numbers[number] in changed:
+                stack.enter_context(eagerly())
+                return args, kwargs
+            return tuple(map(shown, args)), {name: shown(one) for name, one in kwargs.items()}
+
+        def leave(*_: Any) -> None:
+            stack.close()
+
+        with hooked([blocks[number] for number in numbers], enter, leave):
+            yield
 
 
 def map_rows(

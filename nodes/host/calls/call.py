@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .compiled import CAN_RUN_EAGERLY
+
 # The one key under which this pack keeps its objects in ComfyUI's dictionaries.
 KEY = "smoothed_energy_guidance"
 COMPILE_KEY = "torch.compile"
@@ -115,15 +117,15 @@ def with_apply_wrapper(
         model_options: the host's options; not written to.
         marker: the object that `wrapper` finds again in the options of each call.
         wrapper: an `apply_model` wrapper of the host.
-        compiled: keep graphs compiled by torch; they ignore what is changed for one call, since
-            the host drops their guards on `transformer_options`.
+        compiled: keep the networks that ComfyUI's node has compiled even where they cannot be run
+            eagerly; graphs ignore what is changed for one call.
     """
     options = dict(model_options["transformer_options"])
     wrappers = dict(options.get("wrappers", {}))
     around = {
         key: fns
         for key, fns in wrappers.get("apply_model", {}).items()
-        if key != KEY and (compiled or key != COMPILE_KEY)
+        if key != KEY and (compiled or CAN_RUN_EAGERLY or key != COMPILE_KEY)
     }
     wrappers["apply_model"] = {**around, KEY: [wrapper]}
     options["wrappers"] = wrappers

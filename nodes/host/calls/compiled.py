@@ -1,11 +1,15 @@
-"""Networks that torch has compiled: how they are known, and run without it for one call."""
+"""Networks that torch has compiled: how they are known, and run without it where need be."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+CAN_RUN_EAGERLY = hasattr(torch.compiler, "set_stance")
+"""Since torch 2.6 whatever is compiled can be run as it was before."""
 
 
 def eager(module: Any) -> Any:
@@ -13,15 +17,26 @@ def eager(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def is_compiled(network: Any) -> bool:
-    """Tell whether a network, or any part of it, is compiled: as a whole, in place or by blocks."""
-    return isinstance(network, torch.nn.Module) and any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in network.modules()
-    )
+def is_compiled(module: Any) -> bool:
+    """Tell whether torch has compiled a module: in place, or as an object around it."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def compiled_blocks(
+    network: torch.nn.Module, blocks: Sequence[torch.nn.Module]
+) -> frozenset[int] | None:
+    """Return which blocks of a network are compiled, as wholes or parts of them.
+
+    Returns:
+        None if anything else of the network is compiled, or if blocks cannot be run eagerly.
+    """
+    inside = [set(block.modules()) for block in blocks]
+    compiled = {module for module in network.modules() if is_compiled(module)}
+    if compiled - set().union(*inside) or (compiled and not CAN_RUN_EAGERLY):
+        return None
+    return frozenset(n for n, modules in enumerate(inside) if not modules.isdisjoint(compiled))
 
 
 def eagerly() -> AbstractContextManager[Any]:
     """Run compiled networks as they were before; graphs ignore what is changed for one call."""
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return nullcontext() if stance is None else stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if CAN_RUN_EAGERLY else nullcontext()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ....seg_core import Block, Target, TokenGrid, describe_targets, select, select_heads
-from ..calls.blocks import Axes
+from ..calls.blocks import Axes, keeping_compiled
 from ..calls.call import Call
+from ..calls.compiled import compiled_blocks
 from ..calls.site import Site
 from ..settings.changes import Auto, Change, ChangeTokens, PassBy, SmoothQueries
 from ..settings.perturbation import BlockPerturbation, Selection
@@ -61,6 +63,7 @@ class View(ABC):
 
     Attributes:
         kind: what users call it.
+        network: what it is the view of.
         axes: where rows are not the first axis of what goes into a block, by the argument's name.
         shared: modules whose output no perturbation reaches.
         catalogue: every block with self-attention, in forward order.
@@ -69,6 +72,7 @@ class View(ABC):
     """
 
     kind: str
+    network: Any
     axes: Axes = MappingProxyType({})
     shared: Sequence[torch.nn.Module] = ()
     catalogue: Sequence[Block]
@@ -141,12 +145,25 @@ class View(ABC):
         """
         whole = [s for s in sites if isinstance(s.perturbation.change, ChangeTokens | PassBy)]
         inside = [site for site in sites if site not in whole]
-        with changed_blocks(self, call, whole, present) as computed:
-            if not inside and not watches:
-                yield options
-                return
-            with self.changed_attention(call, options, inside, computed, watches) as own:
-                yield own
+        targets = [t for site in sites for t in site.perturbation.targets]
+        targets += [t for watch in watches for t in watch.targets]
+        with ExitStack() as stack:
+            computed = stack.enter_context(changed_blocks(self, call, whole, present))
+            own = options
+            if inside or watches:
+                attention = self.changed_attention(call, options, inside, computed, watches)
+                own = stack.enter_context(attention)
+            if self.compiled:
+                changed = {self.fork(target) for target in targets}
+                stack.enter_context(
+                    keeping_compiled(self.blocks, self.compiled, changed, options, own)
+                )
+            yield own
+
+    @cached_property
+    def compiled(self) -> frozenset[int] | None:
+        """Return which of `blocks` torch has compiled; None if it has more of the network."""
+        return compiled_blocks(self.network, self.blocks)
 
     def obstacle(self, call: Call) -> str:
         """Return why a call cannot take more rows; empty if it can."""

@@ -72,7 +72,7 @@ class MainPass:
         for branch in self.step.active:
             perturbation = branch.perturbation
             if isinstance(perturbation, BlockPerturbation) and branch not in run.dead:
-                why = run.view(call.model).pointless(perturbation, call)
+                why = run.view(call).pointless(perturbation, call)
                 if why:
                     run.dead.add(branch)
                     run.report.spare(branch, why)
@@ -135,7 +135,7 @@ class MainPass:
             return "another node's code runs the network and keeps what it computes"
         if call.options.get("patches", {}).get("middle_patch", []) != self.step.middle_patches:
             return "GLIGEN places objects for its prompt's own rows alone"
-        return self.step.run.view(call.model).obstacle(call)
+        return self.step.run.view(call).obstacle(call)
 
     def _say_why(self, call: Call, those: list[tuple[Branch, int]], why: str) -> None:
         for branch, chunk in those:
@@ -146,7 +146,7 @@ class MainPass:
     def _joins(self, call: Call, those: list[tuple[Branch, int]]) -> list[Join]:
         if not those:
             return []
-        view = self.step.run.view(call.model)
+        view = self.step.run.view(call)
         by_branch = sorted(those, key=lambda one: self.step.active.index(one[0]))
         return [self._join(call, view, branch, chunk) for branch, chunk in by_branch]
 
@@ -195,7 +195,7 @@ class MainPass:
 
     def _run_batch(self, call: Call, joins: list[Join], inner: NetworkCall) -> Any:
         """Run the network with the rows that join it, and put those aside."""
-        view = self.step.run.view(call.model)
+        view = self.step.run.view(call)
         rows = Rows(inner.rows, joins)
         sites = self._sites(call, rows)
         options = dict(among_mates(inner.options, rows))

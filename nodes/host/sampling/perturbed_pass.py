@@ -103,7 +103,7 @@ class PerturbedPass:
         if not isinstance(self.branch.perturbation, BlockPerturbation):
             run.report.calls[self.branch] += 1
             return inner.run()
-        view = run.view(call.model)
+        view = run.view(call)
         site = run.site(self.branch, [slice(0, rows)])
         with view.changed(call, inner.options, [site], lambda _: rows) as changed:
             out = inner.replaced(transformer_options=changed).run()

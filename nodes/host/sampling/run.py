@@ -45,45 +45,35 @@ class Run:
         self.dead: set[Branch] = set()
         """Branches whose perturbation reaches nothing in this run."""
         self.masses: dict[Hashable, Any] = {}
-        self._compiled: list[tuple[Any, bool]] = []
-        self._views: list[tuple[Any, View]] = []
+        self._views: list[tuple[Any, bool, View]] = []
         self._timestep: tuple[Any, float] = (None, 0.0)
         self._windows: dict[Branch, tuple[float, float]] = {}
         self._uuids: dict[tuple[Branch, Hashable], Hashable] = {}
         self._originals: dict[Hashable, Hashable] = {}
 
-    def view(self, model: Any) -> View:
-        """Return the view of the network of the model that runs.
+    def view(self, call: Call) -> View:
+        """Return the view of the network that runs.
 
         Raises:
             ValueError: if the network cannot be guided.
         """
-        network = eager(model.diffusion_model)
-        for known, view in self._views:
-            if known is network:
+        network = eager(call.model.diffusion_model)
+        for known, by_node, view in self._views:
+            if known is network and by_node == call.is_compiled_by_node:
                 return view
-        view = view_of(network, model)
+        view = view_of(network, call.model)
         if view is None:
             raise ValueError(
                 f"The network that runs is a {type(network).__name__}, and not the one that "
                 "guidance was put on. Put the guidance node behind the node that exchanges it."
             )
-        self._views.append((network, view))
+        # ComfyUI's node exchanges blocks for the length of a call: they are other modules there.
+        self._views.append((network, call.is_compiled_by_node, view))
         return view
 
     def is_compiled(self, call: Call) -> bool:
-        """Tell whether torch has compiled a call's network: graphs ignore hooks made for one call.
-
-        Its modules are asked once a run; there are thousands.
-        """
-        if call.is_compiled_by_node:
-            return True
-        network = call.model.diffusion_model
-        for known, compiled in self._compiled:
-            if known is network:
-                return compiled
-        self._compiled.append((network, is_compiled(network)))
-        return self._compiled[-1][1]
+        """Tell whether torch has compiled more of a call's network than blocks by themselves."""
+        return is_compiled(call.model.diffusion_model) or self.view(call).compiled is None
 
     def site(self, branch: Branch, rows: Iterable[slice]) -> Site:
         """Return what a branch changes in one model call."""
