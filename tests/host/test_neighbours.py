@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import inspect
@@ -18,10 +19,11 @@ from dit_models import TINY, available, sample_dit, tiny_dit
 from dit_oracle import float64_rotary, shape_of
 from family_oracle import guide
 from host_models import PACK, conditioning, noise_like, sample, seg, tiny_model
-from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, wrapped
+from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, regrouped, wrapped
 from reuse_checks import (
     control_net,
     controlled_pair,
+    core_node,
     difference,
     exact_model,
     outcome,
@@ -42,8 +44,8 @@ def pag(model, strength=1.0, **settings):
     return node("SEGuidancePAG").execute(model, 3.0, 0.0, 1.0, strength=strength, **settings)[0]
 
 
-def sag(model, **settings):
-    return node("SEGuidanceSAG").execute(model, 0.5, 2.0, 0.0, 1.0, **settings)[0]
+def sag(model, sigma=2.0, **settings):
+    return node("SEGuidanceSAG").execute(model, 0.5, sigma, 0.0, 1.0, **settings)[0]
 
 
 def orders(neighbour, guidance):
@@ -78,6 +80,17 @@ def test_a_perturbation_that_changes_nothing_pushes_nothing(kind, cfg):
         "wrappers dropped", "functions in conditions", "two evaluations in a step",
         "tangential damping", "adaptive projected guidance",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["conditional", "unconditional"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blur_of_the_input_that_changes_nothing_pushes_nothing(kind, side):
+    neighbour = KINDS[kind]
+    settings = {**SETTINGS, "steps": 6 if "cache" in kind else 3}
+    alone = outcome(neighbour(exact_model()), **settings).latents
+    node_settings = {"branch": side, "mask": "everywhere"}
+    for model in orders(neighbour, lambda m: sag(m, 1e-3, **node_settings)):
+        assert difference(outcome(model, **settings).latents, alone) <= NOTHING
 
 
 FAMILY = {
@@ -275,6 +288,40 @@ def test_a_node_that_runs_the_network_by_itself(caplog):
     assert caplog.text.count("ran the network by itself") == 1
 
 
+def test_blocks_that_another_node_s_code_runs_without_all_of_the_host_s_keys(monkeypatch):
+    """As older code for the host's transformer blocks: it tells patches less than the host does."""
+    attention = importlib.import_module("comfy.ldm.modules.attention")
+
+    def forward(self, x, context=None, transformer_options=None):
+        options = transformer_options
+        patches = options.get("patches", {})
+        told = ("cond_or_uncond", "block", "block_index", "original_shape")
+        extra = {name: options[name] for name in told if name in options}
+        extra |= {"n_heads": self.n_heads, "dim_head": self.d_head}
+        n = self.norm1(x)
+        of_keys = of_values = n
+        for patch in patches.get("attn1_patch", ()):
+            n, of_keys, of_values = patch(n, of_keys, of_values, extra)
+        replace = options.get("patches_replace", {}).get("attn1", {})
+        block = replace.get((*options["block"], options["block_index"]))
+        if block is None:
+            n = self.attn1(n, context=of_keys, value=of_values)
+        else:
+            q, k, v = self.attn1.to_q(n), self.attn1.to_k(of_keys), self.attn1.to_v(of_values)
+            n = self.attn1.to_out(block(q, k, v, extra))
+        for patch in patches.get("attn1_output_patch", ()):
+            n = patch(n, extra)
+        x = n + x
+        x = self.attn2(self.norm2(x), context=context) + x
+        return self.ff(self.norm3(x)) + x
+
+    guided = [seg, pag, sag, *(functools.partial(FAMILY[m], reuse=True) for m in FAMILY)]
+    expected = [outcome(one(exact_model())).latents for one in guided]
+    monkeypatch.setattr(attention.BasicTransformerBlock, "forward", forward)
+    for one, known in zip(guided, expected, strict=True):
+        assert difference(outcome(one(exact_model())).latents, known) <= NOTHING
+
+
 # State and settings.
 
 
@@ -454,12 +501,24 @@ def test_each_node_speaks_under_its_own_name():
             guided(stranger)
 
 
-def test_a_mask_from_attention_is_refused_where_the_latent_is_cut_in_pieces():
+@pytest.mark.parametrize("pieces", [in_pieces, regrouped])
+def test_a_mask_from_attention_is_refused_where_the_latent_is_cut_in_pieces(pieces):
     with pytest.raises(ValueError, match="cuts the latent in tiles"):
-        sample(in_pieces(sag(tiny_model())), size=(8, 12), steps=1)
-    assert torch.isfinite(
-        sample(in_pieces(sag(tiny_model(), mask="everywhere")), size=(8, 12))
-    ).all()
+        sample(pieces(sag(tiny_model())), size=(8, 12), steps=1)
+    everywhere = sag(tiny_model(), mask="everywhere")
+    assert torch.isfinite(sample(pieces(everywhere), size=(8, 12))).all()
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_mask_from_attention_is_refused_where_another_node_cuts_the_attention(order):
+    def tiles(model):
+        widgets = {"tile_size": 32, "swap_size": 1, "max_depth": 1, "scale_depth": False}
+        return core_node("nodes_hypertile", "HyperTile", model, **widgets)
+
+    model = tiny_model("sd15")
+    guided = sag(tiles(model)) if order == "before" else tiles(sag(model))
+    with pytest.raises(ValueError, match=r"^Self-Attention Guidance.*block m0.*HyperTile or ToMe"):
+        sample(guided, size=(16, 16), steps=1)
 
 
 def test_short_runs_of_one_prompt_say_their_line_once(monkeypatch, caplog):
