@@ -225,6 +225,29 @@ def test_several_prompts_and_perturbations_beside_attention_made_of_both_sides(c
     assert difference(one.latents, plain.latents) > 1e-3
 
 
+def test_patches_that_ask_for_no_labels_cost_no_further_rows():
+    """HyperTile, ToMe and their like keep one state for all rows, and mix none of them."""
+
+    class Object:
+        def __call__(self, out, extra):
+            return out * len(extra["cond_or_uncond"]) ** 0
+
+    def scaled(factor, out, extra):
+        del extra
+        return factor * out
+
+    mates = part("calls.mates")
+    asks = Object()
+    held = functools.partial(scaled, 1.1)
+    for patch, mixes in ((asks, True), (held, False), (lambda o, e: asks(o, e), True)):
+        assert mates.see_mates({"patches": {"attn1_output_patch": [patch]}}) is mixes
+    model = exact_model()
+    model.set_model_attn1_output_patch(held)
+    found, bare = outcome(seg(model)), outcome(seg(exact_model()))
+    assert found.evaluated == bare.evaluated
+    assert difference(found.latents, bare.latents) > 1e-3
+
+
 class Objects(torch.nn.Module):
     """As GLIGEN: objects at places of the image, for as many rows as the prompt has."""
 

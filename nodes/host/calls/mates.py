@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .code import codes_of
 from .rows import Rows
 
 _PATCHES = "attn1_output_patch"
@@ -21,7 +22,12 @@ Patch = Callable[[torch.Tensor, Options], torch.Tensor]
 
 def see_mates(options: Options) -> bool:
     """Tell whether there are patches that may make rows of other conds' rows."""
-    return bool(options.get("patches", {}).get(_PATCHES))
+    return any(map(_sees_mates, options.get("patches", {}).get(_PATCHES, ())))
+
+
+def _sees_mates(patch: Patch) -> bool:
+    """Tell whether a patch asks which rows are whose, as it must to make some of others."""
+    return any(_LABELS[0] in code.co_consts for code in codes_of(patch))
 
 
 def among_mates(options: Options, rows: Rows) -> Options:
@@ -35,7 +41,9 @@ def among_mates(options: Options, rows: Rows) -> Options:
     if not rows.joins or chunks < 2 or not see_mates(options):
         return options
     patches = dict(options["patches"])
-    patches[_PATCHES] = [_one_by_one(patch, chunks) for patch in patches[_PATCHES]]
+    patches[_PATCHES] = [
+        _one_by_one(patch, chunks) if _sees_mates(patch) else patch for patch in patches[_PATCHES]
+    ]
     return {**options, "patches": patches}
 
 

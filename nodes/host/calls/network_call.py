@@ -12,6 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .blocks import are_options
 from .call import KEY, Call
+from .code import codes_of
 from .compiled import eager, eagerly
 from .trees import map_tensors
 
@@ -132,13 +133,6 @@ def _runs_wrappers(network: Any) -> bool:
     holds on to: it may run the network's own.
     """
     own = vars(network).get("forward")
-    found = [vars(cls).get("forward") for cls in type(network).__mro__] if own is None else [own]
-    codes: list[Any] = []
-    for function in found:
-        function = getattr(function, "__func__", function)
-        codes.append(getattr(function, "__code__", None))
-        held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        held += [getattr(function, name, None) for name in ("func", "__wrapped__")]
-        held += getattr(function, "args", ())
-        found += [one for one in held if callable(one) and one not in found]
-    return any(code is not None and _INNERMOST.upper() in code.co_names for code in codes)
+    inherited = [vars(cls)["forward"] for cls in type(network).__mro__ if "forward" in vars(cls)]
+    found = inherited if own is None else [own]
+    return any(_INNERMOST.upper() in code.co_names for code in codes_of(*found))
