@@ -227,6 +227,67 @@ def cache_inside(model):
     return model
 
 
+class CachedBlocks(torch.nn.Module):
+    """Blocks of which every second run but the first is answered from what the last one gave."""
+
+    def __init__(self, blocks, state):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+        self.state = state
+
+    def forward(self, img, txt, **kwargs):
+        state = self.state
+        state["runs"] = state.get("runs", 0) + 1
+        img, txt = self.blocks[0](img=img, txt=txt, **kwargs)
+        known = state.get("known")
+        if state["runs"] % 2 == 0 and known is not None and known[0].shape == img.shape:
+            state["hits"] = state.get("hits", 0) + 1
+            return img + known[0], txt + known[1]
+        first = img.clone(), txt.clone()
+        for block in self.blocks[1:]:
+            img, txt = block(img=img, txt=txt, **kwargs)
+        state["known"] = img - first[0], txt - first[1]
+        return img, txt
+
+
+def cache_around_blocks(model, state):
+    """As caches of the first block: a module in the blocks' place, its state in a closure."""
+
+    def run(apply_model, args):
+        network = model.model.diffusion_model
+        blocks = torch.nn.ModuleList([CachedBlocks(network.double_blocks, state)])
+        with mock.patch.object(network, "double_blocks", blocks):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
+def cache_in_a_closure(model, state):
+    """As caches that keep nothing on the network: every second call of one size is answered."""
+
+    def run(apply_model, args):
+        network = model.model.diffusion_model
+        forward = network._forward
+
+        def cached(x, *rest, **kwargs):
+            known = state.get("known")
+            if known is not None and known.shape == x.shape and not state.get("fresh"):
+                state.update(fresh=True, hits=state.get("hits", 0) + 1)
+                return x + known
+            out = forward(x, *rest, **kwargs)
+            state.update(known=out - x, fresh=False)
+            return out
+
+        with mock.patch.object(network, "_forward", cached):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
 def another_forward(model):
     """As code for one family: a forward in the network's place, which runs no wrappers."""
 

@@ -19,7 +19,17 @@ from dit_models import TINY, available, sample_dit, tiny_dit
 from dit_oracle import float64_rotary, shape_of
 from family_oracle import guide
 from host_models import PACK, conditioning, noise_like, sample, seg, tiny_model
-from neighbours import KINDS, WRAPPERS, ActsThroughOptions, in_pieces, momentum, regrouped, wrapped
+from neighbours import (
+    KINDS,
+    WRAPPERS,
+    ActsThroughOptions,
+    cache_around_blocks,
+    cache_in_a_closure,
+    in_pieces,
+    momentum,
+    regrouped,
+    wrapped,
+)
 from reuse_checks import (
     control_net,
     controlled_pair,
@@ -40,8 +50,8 @@ def node(name):
     return getattr(importlib.import_module(f"{PACK}.nodes.{module}"), name)
 
 
-def pag(model, strength=1.0, **settings):
-    return node("SEGuidancePAG").execute(model, 3.0, 0.0, 1.0, strength=strength, **settings)[0]
+def pag(model, strength=1.0, scale=3.0, **settings):
+    return node("SEGuidancePAG").execute(model, scale, 0.0, 1.0, strength=strength, **settings)[0]
 
 
 def sag(model, sigma=2.0, **settings):
@@ -140,6 +150,39 @@ def test_a_cache_inside_the_network_remembers_each_prediction_by_itself(method):
     assert set(known) == {0}, "what is left behind is the plain prediction's"
     assert known[0]["calls"] == len(seen), "and counts the plain calls alone"
     assert difference(seen[0], predictions(alone)[0]) <= NOTHING
+
+
+@pytest.mark.parametrize("cfg", [4.0, 1.0])
+@pytest.mark.parametrize("blocks", ["double.1", "single.1"])
+def test_a_cache_around_the_blocks_answers_both_predictions_or_neither(blocks, cfg):
+    def run(guided):
+        state = {}
+        model = cache_around_blocks(guided(tiny_dit("flux", dtype=torch.float64)), state)
+        with float64_rotary():
+            shape = shape_of("flux", (3, 4))
+            return sample_dit(model, "flux", shape, cfg=cfg, steps=5), state["hits"]
+
+    plain, hits = run(lambda m: m)
+    same, as_often = run(lambda m: pag(m, 1e-12, blocks=blocks))
+    assert difference(same, plain) <= NOTHING
+    assert hits == as_often == 2
+    acts, as_often = run(lambda m: seg(m, blocks=blocks))
+    assert difference(acts, plain) > 1e-3
+    assert as_often == 2
+
+
+@pytest.mark.parametrize("cfg", [7.0, 1.0])
+def test_a_cache_in_a_closure_answers_both_predictions_or_neither(cfg, caplog):
+    def run(scale, guided=pag, **widgets):
+        state = {}
+        model = cache_in_a_closure(guided(exact_model(), scale=scale, **widgets), state)
+        return outcome(model, **{**SETTINGS, "cfg": cfg, "steps": 6}).latents, state["hits"]
+
+    still, hits = run(1e-9, strength=1e-12)
+    assert hits > 1
+    assert difference(run(3.0, strength=1e-12)[0], still) <= NOTHING
+    assert difference(run(3.0, seg)[0], still) > 1e-3
+    assert "has no effect" not in caplog.text
 
 
 def test_conds_on_three_sides_under_a_nested_guider():

@@ -79,6 +79,11 @@ class View(ABC):
     blocks: Sequence[torch.nn.Module]
     one_picture: str = ""
 
+    def look(self) -> None:
+        """Note which blocks there are now: other nodes may hide them in modules of their own."""
+        for part in (self.catalogue, self.blocks, self.shared):
+            del part
+
     @abstractmethod
     def fork(self, target: Target) -> int:
         """Return the number of the first of `blocks` that a change of a target reaches."""

@@ -112,7 +112,10 @@ def _predict_noise(
             return executor(x, timestep, model_options, seed)
         _tell_apart(executor.class_obj)
         step = Step(run, active, executor.class_obj)
-        run.memories.begin_step(executor.class_obj.inner_model.diffusion_model)
+        model = executor.class_obj.inner_model
+        if any(branch.perturbation.targets or branch.watches for branch in active):
+            run.view_of(model)  # as it is outside of what other nodes do for the length of a call
+        run.memories.begin_step(model.diffusion_model)
         ours = _main_options(step, model_options, x)
         try:
             return executor(x, timestep, ours, seed)

@@ -123,12 +123,15 @@ def _with_perturbed(
         if start is None:
             return None
         x, reference = start
-    step.run.report.guided[branch] += 1
     with step.run.memories.of(branch, args["model"].diffusion_model):
         perturbed = _perturbed(branch, step, args, side, x)
-    if step.run.report.reached_nothing(branch):
+    if branch.joins and step.run.memories.may_answer(step.run.report.steps):
+        if not step.run.report.was_reached(branch):
+            return None
+    elif step.run.report.reached_nothing(branch):
         step.run.dead.add(branch)
         return None
+    step.run.report.guided[branch] += 1
     if reference is not prediction:
         perturbed = prediction + (perturbed - reference)
     return prediction, perturbed

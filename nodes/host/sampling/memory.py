@@ -60,6 +60,14 @@ class Memories:
         """Tell whether rows of several predictions under one label must not be in one call."""
         return self.is_rewritten and self.keeps is not False
 
+    def may_answer(self, steps: int) -> bool:
+        """Tell whether another's code may answer the whole pass of a first step out of our sight.
+
+        What it keeps elsewhere than on the network is the plain prediction's. From the second step
+        on the perturbed one is in the same call, and shares its fate.
+        """
+        return self.is_rewritten and not self.keeps and steps == 1
+
     @contextmanager
     def of(self, branch: Branch, network: Any) -> Iterator[None]:
         """Let a network remember, for the length of a perturbed prediction, what that one knows."""

@@ -45,7 +45,8 @@ class Run:
         self.dead: set[Branch] = set()
         """Branches whose perturbation reaches nothing in this run."""
         self.masses: dict[Hashable, Any] = {}
-        self._views: list[tuple[Any, bool, View]] = []
+        self._views: list[View] = []
+        self._compiled: list[tuple[View, View]] = []
         self._timestep: tuple[Any, float] = (None, 0.0)
         self._windows: dict[Branch, tuple[float, float]] = {}
         self._uuids: dict[tuple[Branch, Hashable], Hashable] = {}
@@ -57,18 +58,37 @@ class Run:
         Raises:
             ValueError: if the network cannot be guided.
         """
-        network = eager(call.model.diffusion_model)
-        for known, by_node, view in self._views:
-            if known is network and by_node == call.is_compiled_by_node:
+        view = self.view_of(call.model)
+        if not call.is_compiled_by_node:
+            return view
+        # ComfyUI's node exchanges blocks for the length of a call: they are other modules there.
+        for known, compiled in self._compiled:
+            if known is view:
+                return compiled
+        exchanged = view_of(view.network, call.model)
+        assert exchanged is not None
+        same = exchanged.catalogue == view.catalogue
+        self._compiled.append((view, exchanged if same else view))
+        return self._compiled[-1][1]
+
+    def view_of(self, model: Any) -> View:
+        """Return the view of a model's network, with the blocks that it had at the first look.
+
+        Raises:
+            ValueError: if the network cannot be guided.
+        """
+        network = eager(model.diffusion_model)
+        for view in self._views:
+            if view.network is network:
                 return view
-        view = view_of(network, call.model)
+        view = view_of(network, model)
         if view is None:
             raise ValueError(
                 f"The network that runs is a {type(network).__name__}, and not the one that "
                 "guidance was put on. Put the guidance node behind the node that exchanges it."
             )
-        # ComfyUI's node exchanges blocks for the length of a call: they are other modules there.
-        self._views.append((network, call.is_compiled_by_node, view))
+        view.look()
+        self._views.append(view)
         return view
 
     def is_compiled(self, call: Call) -> bool:

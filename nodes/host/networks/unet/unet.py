@@ -36,14 +36,14 @@ class UNet(View):
         parts = ("input_blocks", "middle_block", "output_blocks", "time_embed", "out")
         return isinstance(network, UNetModel) or all(hasattr(network, part) for part in parts)
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """Return the parts in forward order, each a sequence of blocks of layers."""
+    @cached_property
+    def parts(self) -> dict[str, list[Any]]:
+        """Return the parts in forward order, each a list of blocks of layers."""
         middle = self.network.middle_block
         return {
-            "input": self.network.input_blocks,
+            "input": list(self.network.input_blocks),
             "middle": [] if middle is None else [middle],
-            "output": self.network.output_blocks,
+            "output": list(self.network.output_blocks),
         }
 
     @cached_property
