@@ -272,7 +272,7 @@ def test_the_figures_of_the_readme_come_from_the_report():
     readme = (root / "README.md").read_text(encoding="utf-8")
     kept = json.loads((root / "docs" / "evaluation.json").read_text(encoding="utf-8"))
     rows = {each["name"]: each for each in kept["No prompt, cfg 1"]}
-    names = [OFF, *(kept["chosen"][each] for each in ("SAG", "PAG", "SEG"))]
+    names = [OFF, *(kept["chosen"][each] for each in ("SAG", "PAG", "TPG", "SLG", "SEG"))]
     names.append("SEG infinite, scale 0.25")
     for part in ("distance", "matched", "mirror"):
         figures = [rows[name][part] for name in names]

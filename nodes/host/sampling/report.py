@@ -145,7 +145,7 @@ class Report:
                 few = min(hits.values())
                 often = "never" if few == 0 else f"in {self.calls[branch] - few} calls not"
                 self.warn_once(
-                    f"{label}: block {branch.perturbation.name(missed)} was {often} reached, so it "
-                    "adds nothing to the guidance there. Another node runs the model in its own "
-                    "way, or replaces these blocks."
+                    f"{label}: block {branch.perturbation.name(missed)} was {often} reached. "
+                    "Another node answers from a cache there, runs the model in its own way, or "
+                    "replaces these blocks."
                 )
