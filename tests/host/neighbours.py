@@ -194,6 +194,26 @@ class ActsThroughOptions(comfy.controlnet.ControlBase):
         transformer_options["patches"] = patches
 
 
+def exchanging(model, name, make):
+    """Return a model whose network has something else under a name, for the length of each call.
+
+    Args:
+        model: the model.
+        name: of the network's attribute.
+        make: is given the network and what it has there.
+    """
+
+    def run(apply_model, args):
+        network = model.model.diffusion_model
+        other = make(network, getattr(network, name))
+        with mock.patch.object(network, name, other):
+            return apply_model(args["input"], args["timestep"], **args["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
 def cache_inside(model):
     """As caches of features: code in the network's place, which remembers under each label."""
 
@@ -216,15 +236,7 @@ def cache_inside(model):
 
         return run
 
-    def run(apply_model, args):
-        network = model.model.diffusion_model
-        forward = network._forward
-        with mock.patch.object(network, "_forward", cached(network, forward)):
-            return apply_model(args["input"], args["timestep"], **args["c"])
-
-    model = model.clone()
-    model.set_model_unet_function_wrapper(run)
-    return model
+    return exchanging(model, "_forward", cached)
 
 
 class CachedBlocks(torch.nn.Module):
@@ -253,72 +265,50 @@ class CachedBlocks(torch.nn.Module):
 def cache_around_blocks(model, state):
     """As caches of the first block: a module in the blocks' place, its state in a closure."""
 
-    def run(apply_model, args):
-        network = model.model.diffusion_model
-        blocks = torch.nn.ModuleList([CachedBlocks(network.double_blocks, state)])
-        with mock.patch.object(network, "double_blocks", blocks):
-            return apply_model(args["input"], args["timestep"], **args["c"])
+    def cached(network, blocks):
+        del network
+        return torch.nn.ModuleList([CachedBlocks(blocks, state)])
 
-    model = model.clone()
-    model.set_model_unet_function_wrapper(run)
-    return model
+    return exchanging(model, "double_blocks", cached)
 
 
 def cache_in_a_closure(model, state):
     """As caches that keep nothing on the network: every second call of one size is answered."""
 
-    def run(apply_model, args):
-        network = model.model.diffusion_model
-        forward = network._forward
+    def cached(network, forward):
+        del network
 
-        def cached(x, *rest, **kwargs):
-            known = state.get("known")
-            if known is not None and known.shape == x.shape and not state.get("fresh"):
-                state.update(fresh=True, hits=state.get("hits", 0) + 1)
+        def run(x, *rest, **kwargs):
+            known = state.pop("known", None)
+            if known is not None and known.shape == x.shape:
+                state["hits"] = state.get("hits", 0) + 1
                 return x + known
             out = forward(x, *rest, **kwargs)
-            state.update(known=out - x, fresh=False)
+            state["known"] = out - x
             return out
 
-        with mock.patch.object(network, "_forward", cached):
-            return apply_model(args["input"], args["timestep"], **args["c"])
+        return run
 
-    model = model.clone()
-    model.set_model_unet_function_wrapper(run)
-    return model
+    return exchanging(model, "_forward", cached)
 
 
 def another_forward(model):
     """As code for one family: a forward in the network's place, which runs no wrappers."""
 
-    def run(apply_model, args):
-        network = model.model.diffusion_model
-
+    def own(network, _):
         def forward(x, timesteps=None, context=None, y=None, control=None,
                     transformer_options=None, **kwargs):  # fmt: skip
             options = transformer_options
             return 1.1 * network._forward(x, timesteps, context, y, control, options, **kwargs)
 
-        with mock.patch.object(network, "forward", forward):
-            return apply_model(args["input"], args["timestep"], **args["c"])
+        return forward
 
-    model = model.clone()
-    model.set_model_unet_function_wrapper(run)
-    return model
+    return exchanging(model, "forward", own)
 
 
 def around_forward(model):
     """As hooks of libraries: a function around the network's forward."""
-
-    def run(apply_model, args):
-        network = model.model.diffusion_model
-        original = network.forward
-        with mock.patch.object(network, "forward", lambda *a, **k: 1.1 * original(*a, **k)):
-            return apply_model(args["input"], args["timestep"], **args["c"])
-
-    model = model.clone()
-    model.set_model_unet_function_wrapper(run)
-    return model
+    return exchanging(model, "forward", lambda _, forward: lambda *a, **k: 1.1 * forward(*a, **k))
 
 
 KINDS = {

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import comfy.model_management
 import torch
 
 from ....seg_core import Target
 from ..calls.blocks import growing
 from ..calls.call import Call
-from ..calls.mates import among_mates, see_mates
+from ..calls.mates import among_mates
 from ..calls.network_call import NetworkCall, handled
 from ..calls.rows import Join, Rows
 from ..calls.site import Site
 from ..calls.trees import joined, map_tensors
-from ..networks.view import View
 from ..settings.branch import Branch
-from ..settings.changes import PassBy
 from ..settings.perturbation import BlockPerturbation
-from .aside import REGROUPED, KeptControl, Prediction
+from .aside import KeptControl, Prediction
+from .joining import Batch, batches_of, say_why
 from .saliency import watch
 from .step import Step
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Conds of a call that run together, and the rows that join them."""
-
-    call: Call
-    joins: list[Join]
 
 
 class MainPass:
@@ -52,7 +42,7 @@ class MainPass:
         step.together.append(set(call.uuids))
         self._bury(call)
         step.run.memories.see(call.model.diffusion_model)
-        batches = self._batches(call) if step.is_open else []
+        batches = batches_of(step, call) if step.is_open else []
         if step.is_open:
             self._keep_control(call, batches)
         if not (batches or any(b.side == "free" or b.watches for b in step.active)):
@@ -63,7 +53,7 @@ class MainPass:
         for batch in batches:
             for join in batch.joins:
                 why = "another node answered for the model in the main pass"
-                self._say_why(batch.call, [(join.owner, join.chunk)], why)
+                say_why(step, batch.call, [(join.owner, join.chunk)], why)
         return out
 
     def _bury(self, call: Call) -> None:
@@ -79,91 +69,6 @@ class MainPass:
 
     def _key(self, call: Call, join: Join) -> tuple[Branch, Hashable, Hashable]:
         return join.owner, call.uuids[join.chunk], call.place
-
-    def _batches(self, call: Call) -> list[Batch]:
-        """Return a call in as few batches as fit into memory with the rows that join them."""
-        step = self.step
-        are_mates = len(call.uuids) > 1 and see_mates(call.options)
-        wanted = {
-            chunk: branches
-            for chunk, uuid in enumerate(call.uuids)
-            if (
-                branches := [
-                    branch
-                    for branch in step.active
-                    if branch.joins
-                    and branch not in step.run.idle
-                    and branch not in step.run.dead
-                    and not step.wanted(branch).isdisjoint(call.uuids if are_mates else [uuid])
-                ]
-            )
-        }
-        if not wanted:
-            return []
-        each = [(branch, chunk) for chunk, branches in wanted.items() for branch in branches]
-        obstacle = self._obstacle(call)
-        if obstacle:
-            self._say_why(call, each, obstacle)
-            return []
-        self._say_why(call, [one for one in each if one[0] in step.run.regrouped], REGROUPED)
-        wanted = {
-            chunk: [branch for branch in branches if branch not in step.run.regrouped]
-            for chunk, branches in wanted.items()
-        }
-        batches: list[Batch] = []
-        room = _room(call)
-        left = range(len(call.uuids))
-        least = len(left) if are_mates else 1
-        while left:
-            sizes = [1 + len(wanted.get(chunk, ())) for chunk in left]
-            counts = range(len(left), least, -1)
-            count = next((n for n in counts if sum(sizes[:n]) <= room), least)
-            chunks, left = left[:count], left[count:]
-            here = [(b, n) for n, chunk in enumerate(chunks) for b in wanted.get(chunk, ())]
-            part = call.part(chunks)
-            if sum(sizes[:least]) > room:
-                self._say_why(part, here, "memory is short")
-                here = []
-            batches.append(Batch(part, self._joins(part, here)))
-        return batches if any(batch.joins for batch in batches) else []
-
-    def _obstacle(self, call: Call) -> str:
-        """Return why no rows can join a call; empty if they can."""
-        if self.step.run.is_compiled(call):
-            return "the model is compiled"
-        if self.step.run.memories.forbids_joining:
-            return "another node's code runs the network and keeps what it computes"
-        if call.options.get("patches", {}).get("middle_patch", []) != self.step.middle_patches:
-            return "GLIGEN places objects for its prompt's own rows alone"
-        return self.step.run.view(call).obstacle(call)
-
-    def _say_why(self, call: Call, those: list[tuple[Branch, int]], why: str) -> None:
-        for branch, chunk in those:
-            key = (branch, call.uuids[chunk], call.place)
-            if key not in self.step.aside.predictions:
-                self.step.aside.reasons.setdefault(key, why)
-
-    def _joins(self, call: Call, those: list[tuple[Branch, int]]) -> list[Join]:
-        if not those:
-            return []
-        view = self.step.run.view(call)
-        by_branch = sorted(those, key=lambda one: self.step.active.index(one[0]))
-        return [self._join(call, view, branch, chunk) for branch, chunk in by_branch]
-
-    def _join(self, call: Call, view: View, branch: Branch, chunk: int) -> Join:
-        assert isinstance(branch.perturbation, BlockPerturbation)
-        targets = [branch.perturbation.targets[0]]
-        # Rows that another branch perturbs in place differ from the plain ones from there on.
-        mates = call.uuids if see_mates(call.options) else [call.uuids[chunk]]
-        targets += [b.perturbation.targets[0] for b in self._free_on(mates)]
-        fork = min(view.fork(target) for target in targets)
-        uuid = self.step.run.private_uuid(branch, call.uuids[chunk])
-        passes = isinstance(branch.perturbation.change, PassBy)
-        return Join(branch, chunk, call.rows(chunk), fork, uuid, passes)
-
-    def _free_on(self, uuids: list[Hashable]) -> list[Branch]:
-        free = [b for b in self.step.active if b.side == "free"]
-        return [b for b in free if not self.step.wanted(b).isdisjoint(uuids)]
 
     def _keep_control(self, call: Call, batches: list[Batch]) -> None:
         """Keep what ControlNets gave for conds of which a whole pass will be made."""
@@ -241,12 +146,3 @@ class MainPass:
             part = map_tensors(lambda t, own=own: t[own], out)
             self.step.aside.put(self._key(call, join), Prediction(part, inner, join.source))
         return map_tensors(lambda t: t[: rows.plain], out)
-
-
-def _room(call: Call) -> int:
-    """Return how many conds of a call's size fit into memory at once, as the host estimates it."""
-    patcher = getattr(call.model, "current_patcher", None)
-    free_memory = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
-    free = free_memory(call.x.device)
-    each = call.model.memory_required([call.chunk_rows, *call.x.shape[1:]])
-    return int(free // each) if each > 0 else len(call.x)
