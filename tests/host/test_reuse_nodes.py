@@ -344,13 +344,14 @@ def test_hooks_that_change_weights_for_a_cond(name, cfg):
 # Guiders that name or order their conds in their own way.
 
 
-def test_a_guider_of_three_conds_falls_back_once_and_then_shares(comfy_host):
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_guider_of_three_conds_shares_from_the_first_step(nested, comfy_host):
     module = importlib.import_module("comfy_extras.nodes_custom_sampler")
 
     def run(model):
         guider = module.Guider_DualCFG(model)
         guider.set_conds(conditioning(1), conditioning(3), conditioning(2))
-        guider.set_cfg(4.0, 3.0)
+        guider.set_cfg(4.0, 3.0, nested=nested)
         sigmas = comfy.samplers.calculate_sigmas(
             model.get_model_object("model_sampling"), "normal", 3
         )
@@ -366,8 +367,8 @@ def test_a_guider_of_three_conds_falls_back_once_and_then_shares(comfy_host):
     report, _ = reports[0]
     shared, reasons = sum(report.shared.values()), {reason for _, reason in report.full}
     if comfy_host.version >= (0, 17):
-        assert shared == 2
-        assert reasons == {"cond was not evaluated"}
+        assert shared == 3
+        assert not reasons
 
 
 # What other nodes may do to a step, and the reason that the report then gives.
