@@ -192,17 +192,24 @@ def in_place(model):
 
 
 def as_an_object(model):
-    model = model.clone()
-    network = model.get_model_object("diffusion_model")
-    model.add_object_patch("diffusion_model", torch.compile(network, backend="eager"))
-    return model
+    return by_objects(model, ["diffusion_model"], "eager")
 
 
+def part_of_a_layer(model):
+    return by_objects(model, ["diffusion_model.middle_block.1.transformer_blocks.0"], "eager")
+
+
+@pytest.mark.parametrize(("method", "order"), [("SEG", "before"), ("SEG", "after"),
+                                               ("TPG", "before"), ("SLG", "after")])  # fmt: skip
 @pytest.mark.parametrize(
-    ("compiled", "method", "order"),
-    [(in_place, "SLG", "after"), (as_an_object, "SEG", "before"), (as_an_object, "TPG", "after")],
+    ("compiled", "reasons"),
+    [
+        (in_place, {"the model is compiled"}),
+        (as_an_object, {"the model is compiled"}),
+        (part_of_a_layer, set()),
+    ],
 )
-def test_a_compiled_network_is_guided_eagerly(compiled, order, method):
+def test_what_is_compiled_of_a_unet_is_guided_eagerly(compiled, reasons, order, method):
     torch._dynamo.reset()
     small = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [0],
              "transformer_depth_output": [0, 0]}  # fmt: skip
@@ -213,7 +220,7 @@ def test_a_compiled_network_is_guided_eagerly(compiled, order, method):
         guided(model=compiled(model)) if order == "before" else compiled(guided(model=model)),
         steps=2,
     )
-    assert found.reasons == {"the model is compiled"}
+    assert found.reasons == reasons
     assert difference(found.latents, expected.latents) < 1e-5
     plain = outcome(exact_model("sd15", **small), steps=2)
     assert difference(expected.latents, plain.latents) > 1e-3

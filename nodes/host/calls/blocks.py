@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .call import KEY
-from .compiled import eager, eagerly
+from .compiled import eager, eagerly, is_compiled_in_place
 from .rows import Rows
 from .trees import map_tensors
 
@@ -34,7 +34,7 @@ def hooked(
     with ExitStack() as stack:
         for number, module in enumerate(modules):
             own = partial(enter, number), partial(leave, number)
-            if getattr(module, "_compiled_call_impl", None) is not None:
+            if is_compiled_in_place(module):
                 stack.enter_context(_around_compiled(module, *own))
                 continue
             before, after = _hooks(*own)

@@ -17,9 +17,14 @@ def eager(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def is_compiled_in_place(module: Any) -> bool:
+    """Tell whether a module's own call is compiled, so that hooks on it are parts of the graph."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
 def is_compiled(module: Any) -> bool:
     """Tell whether torch has compiled a module: in place, or as an object around it."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return hasattr(module, "_orig_mod") or is_compiled_in_place(module)
 
 
 def compiled_blocks(

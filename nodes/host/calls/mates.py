@@ -38,13 +38,13 @@ def among_mates(options: Options, rows: Rows) -> Options:
         rows: the batch, in which each prediction has rows of all conds.
     """
     chunks = len(options["cond_or_uncond"])
-    if not rows.joins or chunks < 2 or not see_mates(options):
+    patches = options.get("patches", {})
+    if not rows.joins or chunks < 2 or _PATCHES not in patches:
         return options
-    patches = dict(options["patches"])
-    patches[_PATCHES] = [
+    own = [
         _one_by_one(patch, chunks) if _sees_mates(patch) else patch for patch in patches[_PATCHES]
     ]
-    return {**options, "patches": patches}
+    return {**options, "patches": {**patches, _PATCHES: own}}
 
 
 def _one_by_one(patch: Patch, chunks: int) -> Patch:

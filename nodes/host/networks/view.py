@@ -81,8 +81,7 @@ class View(ABC):
 
     def look(self) -> None:
         """Note which blocks there are now: other nodes may hide them in modules of their own."""
-        for part in (self.catalogue, self.blocks, self.shared):
-            del part
+        _ = self.catalogue, self.blocks, self.shared
 
     @abstractmethod
     def fork(self, target: Target) -> int:
@@ -150,8 +149,6 @@ class View(ABC):
         """
         whole = [s for s in sites if isinstance(s.perturbation.change, ChangeTokens | PassBy)]
         inside = [site for site in sites if site not in whole]
-        targets = [t for site in sites for t in site.perturbation.targets]
-        targets += [t for watch in watches for t in watch.targets]
         with ExitStack() as stack:
             computed = stack.enter_context(changed_blocks(self, call, whole, present))
             own = options
@@ -159,7 +156,8 @@ class View(ABC):
                 attention = self.changed_attention(call, options, inside, computed, watches)
                 own = stack.enter_context(attention)
             if self.compiled:
-                changed = {self.fork(target) for target in targets}
+                acting = [*(site.perturbation for site in sites), *watches]
+                changed = {self.fork(target) for one in acting for target in one.targets}
                 stack.enter_context(
                     keeping_compiled(self.blocks, self.compiled, changed, options, own)
                 )

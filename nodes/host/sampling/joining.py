@@ -34,7 +34,8 @@ def batches_of(step: Step, call: Call) -> list[Batch]:
     Returns:
         Nothing, if no rows join it.
     """
-    those = _wanted(step, call)
+    are_mates = len(call.uuids) > 1 and see_mates(call.options)
+    those = _wanted(step, call, are_mates=are_mates)
     if not those:
         return []
     obstacle = _obstacle(step, call)
@@ -47,7 +48,7 @@ def batches_of(step: Step, call: Call) -> list[Batch]:
     batches: list[Batch] = []
     room = _room(call)
     left = range(len(call.uuids))
-    least = len(left) if _are_mates(call) else 1
+    least = len(left) if are_mates else 1
     while left:
         sizes = [1 + sum(chunk == at for _, at in those) for chunk in left]
         counts = range(len(left), least, -1)
@@ -58,7 +59,7 @@ def batches_of(step: Step, call: Call) -> list[Batch]:
         if sum(sizes[:least]) > room:
             say_why(step, part, here, "memory is short")
             here = []
-        batches.append(Batch(part, [_join(step, part, *one) for one in here]))
+        batches.append(Batch(part, [_join(step, part, *one, are_mates=are_mates) for one in here]))
     return batches if any(batch.joins for batch in batches) else []
 
 
@@ -70,8 +71,8 @@ def say_why(step: Step, call: Call, those: Iterable[tuple[Branch, int]], why: st
             step.aside.reasons.setdefault(key, why)
 
 
-def _wanted(step: Step, call: Call) -> Those:
-    """Return whose rows should join a call, branch by branch."""
+def _wanted(step: Step, call: Call, *, are_mates: bool) -> Those:
+    """Return whose rows should join a call, branch by branch; mates join together."""
     joining = [
         branch
         for branch in step.active
@@ -81,13 +82,8 @@ def _wanted(step: Step, call: Call) -> Those:
         (branch, chunk)
         for branch in joining
         for chunk, uuid in enumerate(call.uuids)
-        if not step.wanted(branch).isdisjoint(call.uuids if _are_mates(call) else [uuid])
+        if not step.wanted(branch).isdisjoint(call.uuids if are_mates else [uuid])
     ]
-
-
-def _are_mates(call: Call) -> bool:
-    """Tell whether another node's patches make the rows of one cond of those of others."""
-    return len(call.uuids) > 1 and see_mates(call.options)
 
 
 def _obstacle(step: Step, call: Call) -> str:
@@ -101,13 +97,13 @@ def _obstacle(step: Step, call: Call) -> str:
     return step.run.view(call).obstacle(call)
 
 
-def _join(step: Step, call: Call, branch: Branch, chunk: int) -> Join:
+def _join(step: Step, call: Call, branch: Branch, chunk: int, *, are_mates: bool) -> Join:
     assert isinstance(branch.perturbation, BlockPerturbation)
     view = step.run.view(call)
     targets = [branch.perturbation.targets[0]]
     # Rows that another branch perturbs in place differ from the plain ones from there on.
-    mates = call.uuids if _are_mates(call) else [call.uuids[chunk]]
-    targets += [free.perturbation.targets[0] for free in _free_on(step, mates)]
+    together = call.uuids if are_mates else [call.uuids[chunk]]
+    targets += [free.perturbation.targets[0] for free in _free_on(step, together)]
     fork = min(view.fork(target) for target in targets)
     uuid = step.run.private_uuid(branch, call.uuids[chunk])
     passes = isinstance(branch.perturbation.change, PassBy)

@@ -56,9 +56,11 @@ class PerturbedPass:
         Returns:
             The others that were in one plain call with any of them, if a patch may have seen both.
         """
+        if not see_mates(options):
+            return []
         uuids = {cond["uuid"] for cond in conds}
         put_aside = {key[1] for key in self.step.aside.predictions if key[0] is self.branch}
-        if not see_mates(options) or not (self.different or uuids - put_aside):
+        if uuids <= put_aside and not self.different:
             return []
         beside = set().union(*(call for call in self.step.together if call & uuids)) - uuids
         mates = [cond for cond in others if cond["uuid"] in beside]

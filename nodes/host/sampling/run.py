@@ -46,7 +46,7 @@ class Run:
         """Branches whose perturbation reaches nothing in this run."""
         self.masses: dict[Hashable, Any] = {}
         self._views: list[View] = []
-        self._compiled: list[tuple[View, View]] = []
+        self._compiled: dict[View, View] = {}
         self._timestep: tuple[Any, float] = (None, 0.0)
         self._windows: dict[Branch, tuple[float, float]] = {}
         self._uuids: dict[tuple[Branch, Hashable], Hashable] = {}
@@ -62,14 +62,12 @@ class Run:
         if not call.is_compiled_by_node:
             return view
         # ComfyUI's node exchanges blocks for the length of a call: they are other modules there.
-        for known, compiled in self._compiled:
-            if known is view:
-                return compiled
-        exchanged = view_of(view.network, call.model)
-        assert exchanged is not None
-        same = exchanged.catalogue == view.catalogue
-        self._compiled.append((view, exchanged if same else view))
-        return self._compiled[-1][1]
+        if view not in self._compiled:
+            exchanged = view_of(view.network, call.model)
+            assert exchanged is not None
+            same = exchanged.catalogue == view.catalogue
+            self._compiled[view] = exchanged if same else view
+        return self._compiled[view]
 
     def view_of(self, model: Any) -> View:
         """Return the view of a model's network, with the blocks that it had at the first look.
