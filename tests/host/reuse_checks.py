@@ -5,21 +5,32 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from unittest import mock
 
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
-import comfy.patcher_extension
+import comfy.samplers
 import torch
-from host_models import COMMON, PACK, SDXL, noise_like, randomise, sample, seg, tiny_model
+from host_models import (
+    COMMON,
+    PACK,
+    SDXL,
+    noise_like,
+    randomise,
+    sample,
+    seg,
+    shared_model,
+    tiny_model,
+)
+from host_oracle import deviation_of_node
 
 # What rounding of float32 may make of three steps at cfg 7, in units of the result's std.
 ROUNDING = 1e-5
 STEPS = 3
-SMALL_STEP = 1e-3
 
 
 def part(name):
@@ -28,33 +39,52 @@ def part(name):
 
 
 @dataclass
-class Outcome:
-    """The latents of one run, and what its report counted."""
+class Counts:
+    """What some runs did, by their own reports.
 
-    latents: torch.Tensor
-    shared: int
-    full: Counter
-    controls: int
-    evaluated: list
+    Attributes:
+        shared: perturbed predictions that were made in the plain call of the model.
+        full: those that took a pass of their own, by reason.
+        controls: ControlNets that were evaluated for them.
+    """
+
+    shared: int = 0
+    full: Counter = field(default_factory=Counter)
+    controls: int = 0
 
     @property
     def reasons(self):
         return set(self.full)
 
+    def because(self, word):
+        """Return how many passes were whole for a reason with this word in it."""
+        return sum(times for reason, times in self.full.items() if word in reason)
+
+
+@dataclass
+class Outcome(Counts):
+    """The same of one run, its latents, and the rows that each block of a UNet evaluated."""
+
+    latents: torch.Tensor | None = None
+    evaluated: Counter = field(default_factory=Counter)
+
 
 @contextlib.contextmanager
-def reported():
-    """Collect the reports of the runs inside, each with its branches."""
-    reports = []
-    report_class = part("sampling.report").Report
+def reported(counts=None):
+    """Count what the runs inside do. Only here do tests know how the engine reports."""
+    counts = Counts() if counts is None else counts
+    report_class = part("run.report").Report
     original = report_class.finish
 
-    def finish(self, branches):
-        reports.append((self, list(branches)))
-        original(self, branches)
+    def finish(self, states):
+        counts.controls += self.controls_evaluated
+        for state in states:
+            counts.shared += state.joined
+            counts.full.update(state.whole)
+        original(self, states)
 
     with mock.patch.object(report_class, "finish", finish):
-        yield reports
+        yield counts
 
 
 @contextlib.contextmanager
@@ -82,15 +112,20 @@ def evaluated_rows(patcher):
 def outcome(model, **settings):
     """Sample from a guided model and return what came of it."""
     torch.manual_seed(11)  # nodes that draw from the global generator draw the same
-    with reported() as reports, evaluated_rows(model) as rows:
-        latents = sample(model, **{"steps": STEPS, **settings})
-    shared, full, controls = 0, Counter(), 0
-    for report, _ in reports:
-        shared += sum(report.shared.values())
-        controls += report.controls_evaluated
-        for (_, reason), times in report.full.items():
-            full[reason] += times
-    return Outcome(latents, shared, full, controls, rows)
+    result = Outcome()
+    with reported(result), evaluated_rows(model) as result.evaluated:
+        result.latents = sample(model, **{"steps": STEPS, **settings})
+    return result
+
+
+def sampled_by(guider, model, *, steps=3):
+    """Return the latents that a guider samples."""
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
+    latent = torch.zeros(1, 4, 8, 8)
+    with torch.inference_mode():
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise_like(latent.shape), latent, sampler, sigmas)
 
 
 def difference(a, b):
@@ -103,23 +138,43 @@ def exact_model(kind="sdxl", **options):
     return tiny_model(kind, dtype=torch.float64, **options)
 
 
-def both(build=None, *, guided=seg, around=lambda model: model, options=None, **settings):
-    """Return the runs with reuse on and off of freshly built, equally seeded models.
+def both(build=shared_model, *, guided=seg, around=lambda model: model, options=None, **settings):
+    """Return the outcomes with reuse on and off.
 
     Args:
         build: makes the unguided model; called for each run.
         guided: applies the node(s); takes the model and `reuse`.
         around: applied to the guided model, for nodes that stand behind ours.
         options: further widgets of the node.
-        settings: how to sample; a callable is called for each run.
+        settings: how to sample; a function is called for each run.
     """
     results = []
     for reuse in (True, False):
-        model = exact_model() if build is None else build()
-        model = around(guided(model, reuse=reuse, **(options or {})))
+        model = around(guided(build(), reuse=reuse, **(options or {})))
         own = {k: v() if inspect.isfunction(v) else v for k, v in settings.items()}
         results.append(outcome(model, **own))
     return results
+
+
+def require_reference(model=None, *, reuse=True, **options):
+    """Require that the node gives what the dense reference gives, and in the way it says.
+
+    Args:
+        model: the unguided model; the tiny SDXL if None.
+        reuse: in the plain call of the model; else in whole passes.
+        options: of `deviation_of_node`.
+    """
+    options = {"sigma": 1.3, "size": (8, 12)} | options
+    node = {"reuse": reuse} | options.pop("node", {})
+    with reported() as counts:
+        found = deviation_of_node(model or shared_model(), node=node, **options)
+    assert found <= 1e-6, found
+    if reuse:
+        assert not counts.full, counts.full
+        assert counts.shared > 0
+    else:
+        assert counts.shared == 0
+        assert counts.because("reuse is off") == counts.full.total() > 0
 
 
 def require_equal(on, off, *, bitwise=False):
@@ -142,10 +197,13 @@ def require_shared(on, off, *, passes=None):
     assert off.reasons == {"reuse is off"}
 
 
-def require_effect(build=None, *, than, **settings):
-    """Require that guidance changed the result at all, so that a comparison means something."""
-    plain = outcome(exact_model() if build is None else build(), **settings)
-    assert difference(than.latents, plain.latents) > SMALL_STEP
+def warned(caplog):
+    """Return what the pack has warned of."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith(PACK) and record.levelno >= logging.WARNING
+    ]
 
 
 def core_node(module, name, model, **widgets):

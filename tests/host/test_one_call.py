@@ -1,33 +1,21 @@
-"""A guided step is one call of the model: what runs how often, what is held, and when it is not."""
+"""A guided step is one call of the model: what runs how often, and when it is not."""
 
 from __future__ import annotations
 
-import gc
-import importlib
-import weakref
-from unittest import mock
+import functools
 
 import pytest
 import torch
-from host_models import (
-    PACK,
-    conditioning,
-    counted_calls,
-    noise_like,
-    sample,
-    seg,
-    shared_model,
-    tiny_model,
-)
+from choice import each
+from family_oracle import guide
+from host_models import conditioning, counted_calls, noise_like, sample, seg, shared_model
+from neighbours import WRAPPERS, regrouped, wrapped
 from reuse_checks import (
     MemoryShortage,
-    both,
     control_net,
     controlled_pair,
-    exact_model,
+    difference,
     outcome,
-    part,
-    require_effect,
     require_equal,
     set_free_memory,
 )
@@ -35,209 +23,129 @@ from reuse_checks import (
 EXACT = 1e-12
 
 
-def pag(model, **settings):
-    node = importlib.import_module(PACK + ".nodes.pag").SEGuidancePAG
-    return node.execute(model, 2.0, 0.0, 1.0, **settings)[0]
+def all_of(*parts):
+    """Return what applies several nodes, each given as method, blocks and further widgets."""
+
+    def guided(model, **options):
+        for method, blocks, widgets in parts:
+            model = guide(method, model, 2.0, blocks=blocks, **options, **widgets)
+        return model
+
+    return guided
 
 
+FINITE = {"infinite_blur": False, "blur_sigma": 1.5}
+UNCOND = {"branch": "unconditional"}
 GUIDED = {
-    "SEG": lambda model, reuse: seg(model, reuse=reuse),
-    "SEG, sigma 1.5": lambda model, reuse: seg(model, sigma=1.5, blocks="d0", reuse=reuse),
-    "PAG": lambda model, reuse: pag(model, reuse=reuse),
-    "PAG, strength 0.5": lambda model, reuse: pag(model, strength=0.5, reuse=reuse),
-    "SEG and PAG": lambda model, reuse: pag(seg(model, reuse=reuse), reuse=reuse),
-    "PAG before SEG": lambda model, reuse: seg(
-        pag(model, blocks="d0", reuse=reuse), blocks="u1", reuse=reuse
+    "SEG": all_of(("SEG", "auto", {})),
+    "SEG, finite": all_of(("SEG", "d0", FINITE)),
+    "SEG, heads": all_of(("SEG", "m0:h1,u0", {})),
+    "SEG, late": all_of(("SEG", "u1.1", {})),
+    "PAG": all_of(("PAG", "auto", {})),
+    "PAG, strength": all_of(("PAG", "m0", {"strength": 0.5})),
+    "PAG, heads": all_of(("PAG", "m0:h1-2", {})),
+    "TPG": all_of(("TPG", "auto", {})),
+    "SLG": all_of(("SLG", "auto", {})),
+    "SLG, layers": all_of(("SLG", "d0.1,u0.0", {})),
+    "SLG, attention": all_of(("SLG", "m0", {"what": "attention"})),
+    "SEG and PAG": all_of(("SEG", "m0", {}), ("PAG", "m0", {})),
+    "PAG before SEG": all_of(("PAG", "d0", {}), ("SEG", "u1", {})),
+    "two sides": all_of(("SEG", "m0", UNCOND), ("SEG", "u0", FINITE)),
+    "beside free": lambda model, **options: guide(
+        "SEG", seg(model, branch="free", sigma=1.5, blocks="d0"), **UNCOND, **options
     ),
-    "two sides": lambda model, reuse: seg(
-        seg(model, branch="unconditional", reuse=reuse), sigma=2.0, blocks="u0", reuse=reuse
+    "the family": all_of(
+        ("SLG", "m0.0,u0.1", {}), ("SEG", "m0", {}), ("TPG", "d0.1", {}),
+        ("SEG", "m0.1:h1,u0", UNCOND), ("PAG", "m0", {}), ("SLG", "m0", {"what": "attention"}),
     ),
-    "beside free": lambda model, reuse: seg(
-        seg(model, branch="free", sigma=1.5, blocks="d0"), branch="unconditional", reuse=reuse
-    ),
+}  # fmt: skip
+BOTH_SIDES = ("two sides", "beside free", "the family")
+ON_SVD = {  # space and time have a layer each
+    "SEG over time": functools.partial(guide, "SEG", axes="time"),
+    "SEG over space and time": functools.partial(guide, "SEG", axes="space and time"),
+}
+
+
+def frame_prompt(seed):
+    return [[noise_like((1, 1, 64), seed), {"pooled_output": noise_like((1, 64), seed)}]]
+
+
+CLIP = {"batch": 3, "scheduler": "karras", "positive": frame_prompt(1), "negative": frame_prompt(2)}
+RUNS = {
+    "SDXL": ("sdxl", {"cfg": 7.0}),
+    "SDXL, cfg 1": ("sdxl", {"cfg": 1.0, "batch": 2}),
+    "SD1.5": ("sd15", {"cfg": 7.0, "batch": 2}),
+    "SVD": ("svd", {"cfg": 2.5, **CLIP}),
 }
 
 
 def outputs(model, **settings):
-    """Return what the network gives in one step, call by call, in its own precision."""
-    found = []
+    """Return what the network gives in one step, call by call, and how often each layer ran."""
+    found, ran = [], []
     network = model.model.diffusion_model
-    handle = network.register_forward_hook(lambda _module, _args, out: found.append(out.clone()))
+    layers = [m for m in network.modules() if not list(m.children())]
+    handles = [m.register_forward_hook(lambda m, _args, _out: ran.append(id(m))) for m in layers]
+    handles.append(network.register_forward_hook(lambda _m, _a, out: found.append(out.clone())))
     try:
         sample(model, **{"steps": 1, "size": (6, 8), **settings})
     finally:
-        handle.remove()
-    return found
+        for handle in handles:
+            handle.remove()
+    return found, [ran.count(id(m)) for m in layers]
 
 
-@pytest.mark.parametrize("name", GUIDED)
-@pytest.mark.parametrize(("kind", "cfg", "batch"), [("sdxl", 7.0, 1), ("sd15", 1.0, 2)])
-def test_one_call_gives_what_whole_passes_give(name, kind, cfg, batch):
-    if cfg == 1.0 and name in ("two sides", "beside free"):
-        pytest.skip("needs an unconditional prediction")
-    model = shared_model(kind)
-    on, off = (outputs(GUIDED[name](model, reuse), cfg=cfg, batch=batch) for reuse in (True, False))
-    assert len(on) == len(off) > 1
-    for one, whole in zip(on, off, strict=True):
-        assert float((one - whole).abs().max() / whole.std()) <= EXACT
+@functools.cache
+def plain_layers(run):
+    kind, settings = RUNS[run]
+    return outputs(shared_model(kind), **settings)[1]
 
 
-@pytest.mark.parametrize("name", GUIDED)
-@pytest.mark.parametrize("kind", ["sdxl", "sd15", "svd"])
-def test_every_layer_runs_once_in_a_guided_step(name, kind):
-    if kind == "svd" and "free" not in name:
-        settings = {"batch": 3, "channels": 4}
-    elif kind == "svd":
-        pytest.skip("as the others")
-    else:
-        settings = {}
-    model = tiny_model(kind)
-    layers = [m for m in model.model.diffusion_model.modules() if not list(m.children())]
-    ran = []
-    handles = [m.register_forward_hook(lambda m, _args, _out: ran.append(m)) for m in layers]
-
-    def runs(guided):
-        ran.clear()
-        sample(guided, steps=1, **settings)
-        return {id(m): sum(r is m for r in ran) for m in layers}
-
-    plain, guided = runs(model), runs(GUIDED[name](model, True))
-    for handle in handles:
-        handle.remove()
-    assert guided == plain
+def possible(name, run):
+    if name in ON_SVD:
+        return run == "SVD"
+    # One layer has no second, and SVD's are of space and time.
+    layered = name in ("SLG, layers", "the family", "SEG, late") and run in ("SD1.5", "SVD")
+    return not layered and not (name in BOTH_SIDES and run == "SDXL, cfg 1")
 
 
-def test_the_network_s_inputs_are_widened_once_and_its_output_narrowed_again():
-    model = seg(tiny_model())
-    with counted_calls(model) as batches:
-        sample(model, steps=2)
-    # What other nodes see: the plain call, and one that asks for the perturbed prediction.
-    assert batches == [2, 1, 2, 1]
+@pytest.mark.floor
+@pytest.mark.parametrize(*each(possible, name=[*GUIDED, *ON_SVD], run=RUNS))
+def test_one_call_gives_what_whole_passes_give_and_runs_each_layer_once(name, run):
+    kind, settings = RUNS[run]
+    guided = (GUIDED | ON_SVD)[name]
+    (one, layers), (whole, more) = (
+        outputs(guided(shared_model(kind), reuse=reuse), **settings) for reuse in (True, False)
+    )
+    assert layers == plain_layers(run)
+    assert more > layers
+    assert len(one) == len(whole) > 1
+    for ours, theirs in zip(one, whole, strict=True):
+        assert difference(ours, theirs) <= EXACT
 
 
-# What is held, and for how long.
+def test_other_nodes_see_the_plain_call_and_one_that_asks_for_the_perturbed_prediction():
+    model = shared_model()
+    for cfg, batch, expected in ((7.0, 1, [2, 1]), (1.0, 3, [3, 3])):
+        for reuse in (True, False):
+            with counted_calls(model) as batches:
+                sample(seg(model, reuse=reuse), cfg=cfg, batch=batch, steps=2)
+            assert batches == 2 * expected
 
 
-class Watch:
-    """Every prediction that is put aside: how large, and which of them still live."""
-
-    def __init__(self):
-        aside = part("sampling.aside").Aside
-        original = aside.put
-        self.bytes = 0
-        self.alive = []
-
-        def put(one, key, prediction):
-            original(one, key, prediction)
-            self.bytes += prediction.out.nbytes
-            self.alive.append(weakref.ref(prediction.out))
-
-        self.patch = mock.patch.object(aside, "put", put)
-
-    def __enter__(self):
-        self.patch.start()
-        return self
-
-    def __exit__(self, *_error):
-        self.patch.stop()
-
-    @property
-    def living(self):
-        gc.collect()
-        return sum(ref() is not None for ref in self.alive)
-
-
-@pytest.mark.parametrize("cfg", [7.0, 1.0])
-def test_what_is_put_aside_is_the_perturbed_rows_of_the_output_alone(cfg):
-    with Watch() as watch:
-        outcome(seg(tiny_model()), cfg=cfg, steps=1, batch=2)
-    assert watch.bytes == 4 * (2 * 4 * 8 * 8)
-
-
-@pytest.mark.parametrize("blocks", ["middle", "u1"])
-def test_nothing_is_kept_after_a_step(blocks):
-    living = []
-
-    def after_step(executor, *args):
-        with torch.inference_mode():
-            out = executor(*args)
-        living.append(watch.living)
-        return out
-
-    model = seg(tiny_model(), blocks=blocks)
-    wrappers = part("sampling.attach").WrappersMP
-    # Outside ours: it looks when our step is over.
-    model.wrappers[wrappers.PREDICT_NOISE] = {
-        "test": [after_step],
-        **model.wrappers[wrappers.PREDICT_NOISE],
-    }
-    with Watch() as watch:
-        sample(model, steps=3)
-    assert living == [0, 0, 0]
-    assert len(watch.alive) == 3
-
-
-def test_nothing_is_made_outside_the_window_or_when_nothing_needs_it():
-    cases = {
-        "another part of sampling": (seg(tiny_model(), start=0.2, end=0.3), {"steps": 3}),
-        "scale 0": (seg(tiny_model(), scale=0.0), {}),
-        "sigma 0": (seg(tiny_model(), sigma=0.0), {}),
-        "reuse off": (seg(tiny_model(), reuse=False), {}),
-        "free": (seg(tiny_model(), branch="free"), {}),
-    }
-    for name, (model, settings) in cases.items():
-        with Watch() as watch:
-            outcome(model, **settings)
-        assert not watch.alive, name
-
-
-def test_steps_outside_the_window_are_the_plain_steps():
-    plain = outcome(tiny_model(), steps=6)
-    guided = outcome(seg(tiny_model(), start=0.5), steps=6)
-    extra = guided.shared
-    assert 0 < extra < 6
-    assert guided.evaluated["input", 0] == plain.evaluated["input", 0]
-    assert guided.evaluated["output", 3] == plain.evaluated["output", 3] + extra
-
-
-@pytest.mark.parametrize("at", [1, 2])
-def test_no_module_carries_a_hook_or_another_forward_in_or_after_a_run_that_breaks_off(at):
-    bare = tiny_model()
-    model = pag(seg(bare, blocks="u1"))
-    network = model.model.diffusion_model
-    sample(bare, steps=1)  # ComfyUI marks the layers that it has loaded
-
-    def state():
-        return {
-            name: (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), type(m))
-            for name, m in network.named_modules()
-        }
-
-    before = state()
-    sample(model, steps=2)
-    assert state() == before
-    calls = []
-
-    def fail(_module, _args):
-        calls.append(1)
-        if len(calls) == at:
-            raise RuntimeError("stop")
-
-    handle = network.output_blocks[2][0].register_forward_pre_hook(fail)
-    with Watch() as watch, pytest.raises(RuntimeError, match="stop"):
-        sample(model, steps=3)
-    handle.remove()
-    assert state() == before
-    assert watch.living == 0
+def test_blocks_before_the_first_changed_one_compute_no_further_rows():
+    plain = outcome(shared_model(), cfg=1.0).evaluated
+    # In each block at a fork, the layer before its transformer is shared too.
+    for blocks, shared in (("d0", 4), ("middle", 5), ("u0", 6), ("u1", 7)):
+        found = outcome(seg(shared_model(), blocks=blocks), cfg=1.0).evaluated
+        assert [found[key] - plain[key] for key in plain] == [0] * shared + [3] * (9 - shared)
 
 
 def test_one_who_writes_into_what_is_handed_out_spoils_nothing():
     """As a guider does that applies cfg twice to one evaluation."""
 
     def twice(args):
-        for function in args["model_options"]["sampler_post_cfg_function"]:
-            if hasattr(function, "branch"):
-                function({**args, "denoised": args["denoised"].clone()})
+        ours = args["model_options"]["sampler_post_cfg_function"][-1]
+        ours({**args, "denoised": args["denoised"].clone()})
         return args["denoised"]
 
     def spoil(executor, *args, **kwargs):
@@ -248,12 +156,59 @@ def test_one_who_writes_into_what_is_handed_out_spoils_nothing():
         return out
 
     kept = []
-    model = exact_model()
+    model = wrapped(WRAPPERS.DIFFUSION_MODEL, spoil)(shared_model())
     model.set_model_sampler_post_cfg_function(twice)
-    model.add_wrapper_with_key(part("sampling.attach").WrappersMP.DIFFUSION_MODEL, "t", spoil)
     outcome(seg(model), steps=1)
     first, second = kept
     assert torch.equal(first, second)
+
+
+# What other nodes are told of a call that has more rows.
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_one_label_for_the_plain_and_the_perturbed_rows_of_a_cond(reuse):
+    seen = set()
+
+    def look(q, k, v, options):
+        labels = options["cond_or_uncond"]
+        prompts = k.reshape(len(labels), -1).double().sum(1)
+        seen.update(zip((round(float(p), 6) for p in prompts), labels, strict=True))
+        return q, k, v
+
+    model = shared_model().clone()
+    model.set_model_attn2_patch(look)
+    outcome(seg(seg(model, branch="unconditional", reuse=reuse), reuse=reuse))
+    assert len(seen) == 2, "each prompt has one label"
+    assert {label for _, label in seen} == {0, 1}
+
+
+@pytest.mark.parametrize(*each(kind=["sdxl", "sd15"], blocks=["middle", "u1"]))
+def test_patches_are_told_of_each_row_and_else_what_they_are_told_without_guidance(kind, blocks):
+    told = ("transformer_index", "block_index", "block")
+
+    def watching(model, seen):
+        def look(rows, options):
+            assert len(options["cond_or_uncond"]) == len(set(options["uuids"])) == rows
+            shape = tuple(options["activations_shape"])[1:] if "activations_shape" in options else 0
+            seen.append((rows, shape, *(options.get(name) for name in told)))
+
+        def between(h, *rest):
+            look(len(h), rest[-1])
+            return (h, *rest[:-1]) if len(rest) > 1 else h
+
+        model = model.clone()
+        model.set_model_input_block_patch(between)
+        model.set_model_output_block_patch(between)
+        model.set_model_attn2_patch(between)
+        return model
+
+    plain, guided = [], []
+    sample(watching(shared_model(kind), plain), steps=1, size=(8, 10))
+    sample(watching(seg(shared_model(kind), blocks=blocks), guided), steps=1, size=(8, 10))
+    assert {rows for rows, *_ in plain} == {2}
+    assert {2, 4} == {rows for rows, *_ in guided}, "a perturbed row, and one to check it by"
+    assert [rest for _, *rest in plain] == [rest for _, *rest in guided][: len(plain)]
 
 
 # When it is not one call.
@@ -262,27 +217,22 @@ def test_one_who_writes_into_what_is_handed_out_spoils_nothing():
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
 def test_where_memory_is_short_the_pass_is_whole_and_the_same(monkeypatch, cfg, caplog):
     control, calls = control_net()
-    pair = controlled_pair(conditioning(1), conditioning(2), control)
-    settings = {"cfg": cfg, "positive": pair[0], "negative": pair[1]}
+    positive, negative = controlled_pair(conditioning(1), conditioning(2), control)
+    settings = {"cfg": cfg, "positive": positive, "negative": negative}
     caplog.set_level("INFO")
-    with Watch() as watch:
-        set_free_memory(monkeypatch, 1e6)
-        on, off = both(**settings)
-    assert on.shared == 0
-    assert on.full == {"memory is short": 3}
-    assert sum("3 because memory is short" in m for m in caplog.messages) == 1, "said once"
-    assert not watch.alive
-    assert on.controls == 0, "what a ControlNet gave is taken all the same: it costs nothing more"
-    assert sum(calls) == 3 * (1 + (cfg > 1)) + 3 * (2 + (cfg > 1))
+    set_free_memory(monkeypatch, 1e6)
+    on = outcome(seg(shared_model()), **settings)
+    assert (on.shared, on.because("memory")) == (0, 3)
+    assert sum("because memory" in message for message in caplog.messages) == 1, "said once"
+    assert len(calls) == 3 * (1 + (cfg > 1)) + 3, "a whole pass has a ControlNet of its own"
+    off = outcome(seg(shared_model(), reuse=False), **settings)
     require_equal(on, off, bitwise=True)
-    require_effect(than=on, **settings)
+    assert difference(on.latents, outcome(shared_model(), **settings).latents) > 1e-3
 
 
 def test_memory_that_becomes_short_in_mid_run(monkeypatch):
-    memory = MemoryShortage(monkeypatch, chunks=1)
-    model = memory.reach(seg(exact_model()))
-    whole = outcome(seg(exact_model(), reuse=False))
-    steps = []
+    whole = outcome(seg(shared_model(), reuse=False))
+    memory, steps = MemoryShortage(monkeypatch, chunks=2), []
 
     def less_and_less(args):
         steps.append(1)
@@ -290,122 +240,16 @@ def test_memory_that_becomes_short_in_mid_run(monkeypatch):
             set_free_memory(monkeypatch, 1e6)
         return args["denoised"]
 
+    model = memory.reach(seg(shared_model()))
     model.set_model_sampler_post_cfg_function(less_and_less)
     result = outcome(model)
-    assert result.shared == 2
-    assert result.full == {"memory is short": 1}
+    assert (result.shared, result.because("memory")) == (2, 1)
     require_equal(result, whole)
 
 
-def test_rows_that_nobody_asks_for_are_noticed_and_no_longer_made(caplog):
-    """As beside a node that takes our function out of the list in mid-run."""
-
-    def without_ours(executor, x, timestep, options, seed):
-        functions = options["sampler_post_cfg_function"]
-        kept = [f for f in functions if not hasattr(f, "branch")]
-        return executor(x, timestep, {**options, "sampler_post_cfg_function": kept}, seed)
-
-    model = seg(tiny_model())
-    wrappers = part("sampling.attach").WrappersMP
-    model.add_wrapper_with_key(wrappers.PREDICT_NOISE, "test", without_ours)
-    with Watch() as watch:
-        result = outcome(model, steps=4)
-    assert torch.equal(result.latents, outcome(tiny_model(), steps=4).latents)
-    assert len(watch.alive) == 1
-    assert sum("nobody used it" in message for message in caplog.messages) == 1
-
-
-def test_a_function_that_is_called_though_it_is_not_in_the_list_guides():
-    """As by a node that wraps each function in a condition of its own."""
-
-    def wrapped(executor, x, timestep, options, seed):
-        functions = [lambda args, f=f: f(args) for f in options["sampler_post_cfg_function"]]
-        return executor(x, timestep, {**options, "sampler_post_cfg_function": functions}, seed)
-
-    def around(model):
-        kind = part("sampling.attach").WrappersMP.PREDICT_NOISE
-        # Outside of ours.
-        model.wrappers[kind] = {"test": [wrapped], **model.wrappers[kind]}
-        return model
-
-    on, off = both(around=around)
-    plain = outcome(seg(exact_model()))
-    assert (on.shared, on.full) == (2, {"cond was not evaluated": 1})
-    require_equal(on, plain)
-    require_equal(off, plain)
-
-
-def test_one_label_for_the_plain_and_the_perturbed_rows_of_a_cond():
-    seen = set()
-
-    def look(q, k, v, options):
-        del q
-        rows = len(k) // len(options["cond_or_uncond"])
-        prompts = k.reshape(len(options["cond_or_uncond"]), rows, -1).double().sum((1, 2))
-        seen.update(
-            zip((round(float(p), 6) for p in prompts), options["cond_or_uncond"], strict=True)
-        )
-        return k, k, v
-
-    for reuse in (True, False):
-        seen.clear()
-        model = exact_model()
-
-        def attention(q, k, v, options):
-            look(q, k, v, options)
-            return q, k, v
-
-        model.set_model_attn2_patch(attention)
-        outcome(seg(seg(model, branch="unconditional", reuse=reuse), reuse=reuse))
-        assert len(seen) == 2, "each prompt has one label"
-        assert {label for _, label in seen} == {0, 1}
-
-
-def test_a_pass_of_another_shape_or_device_is_not_given_what_was_put_aside():
-    aside, call = part("sampling.aside"), part("calls.network_call")
-
-    def network(x):
-        return x
-
-    def of(x):
-        return call.NetworkCall(network, [x], {})
-
-    x = noise_like((2, 4, 8, 8))
-    kept = aside.Aside()
-    kept.put(("b", "a", None), aside.Prediction(x[1:], of(x), slice(1, 2)))
-    rows = slice(0, 1)
-    assert not isinstance(kept.find(("b", "a", None), of(x[1:]), rows, proved=False), str)
-    for other in (x[1:, :, :4], x[1:, :3], x[1:].to("meta")):
-        found = kept.find(("b", "a", None), of(other), rows, proved=True)
-        assert found == "the latent has another shape or device"
-    assert "evaluated" in kept.find(("b", "c", None), of(x), rows, proved=True)
-    assert "regroups" in kept.find(("b", "a", None), of(x), rows, proved=False)
-
-
-def test_a_patch_made_anew_is_never_the_same():
-    same = part("calls.call").same_options
-
-    def fresh():
-        return {"patches": {"attn2_patch": [lambda q, k, v, _: (q, k, v)]}}
-
-    assert not same(fresh(), fresh())
-    steady = {"patches": {"attn2_patch": [print]}, "wrappers": {"diffusion_model": {"a": [len]}}}
-    assert same(steady, {**steady, "patches": dict(steady["patches"]), "uuids": [1]})
-    assert same({"patches": {}}, {}), "no patch is no patch"
-    assert not same(steady, {**steady, "flag": True})
-
-
-@pytest.mark.parametrize("free", [None, 1e6])
-def test_the_log_says_what_was_made_in_the_plain_call_and_why_the_rest_was_not(
-    monkeypatch, caplog, free
-):
-    if free is not None:
-        set_free_memory(monkeypatch, free)
-    with caplog.at_level("INFO"):
-        outcome(seg(tiny_model()))
-    (line,) = [m for m in caplog.messages if m.startswith("Smoothed Energy Guidance: ")]
-    if free is None:
-        assert "3 in the plain call of the model, 0 in whole passes" in line
-    else:
-        assert "0 in the plain call of the model, 3 in whole passes" in line
-        assert "(3 because memory is short)" in line
+def test_rows_that_another_node_regroups_take_whole_passes():
+    plain = outcome(regrouped(shared_model()), size=(8, 12))
+    found = outcome(regrouped(seg(shared_model())), size=(8, 12))
+    assert found.full.total() >= 2, "from the second step on"
+    whole = 3 * 2 * 2  # two pieces of both conds in each step: they were in one call
+    assert found.evaluated["output", 3] <= plain.evaluated["output", 3] + whole + 2

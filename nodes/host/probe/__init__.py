@@ -1,1 +1,1 @@
-"""Looking at a run: what a probe keeps, and how it is recorded."""
+"""Measuring a run: what a probe keeps of it, and how that is recorded."""

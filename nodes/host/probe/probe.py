@@ -1,11 +1,11 @@
-"""Looking at a run: what a probe keeps of the runs of a model."""
+"""What a probe keeps of the runs of a model."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +13,7 @@ PROBES = "smoothed_energy_guidance_probes"
 KEPT_RECORDS = 4
 
 
-@dataclass(frozen=True)
-class Measures:
+class Measures(NamedTuple):
     """The paper's quantities of one block's attention, averaged over the sampled heads.
 
     Attributes:
@@ -28,52 +27,48 @@ class Measures:
     curvature: float
 
 
-@dataclass(frozen=True)
-class BlockRecord:
-    """One block in one step, without and with the blur of its queries."""
+class BlockRecord(NamedTuple):
+    """One block in one step.
 
-    queries: int
-    """Queries of the whole map."""
-    sampled: tuple[int, int]
-    """Heads and queries that were measured."""
+    Attributes:
+        plain: measured without the blur of its queries.
+        blurred: measured with it.
+        queries: queries of the whole map.
+        sampled: heads and queries that were measured.
+    """
+
     plain: Measures
     blurred: Measures
-
-    def energy(self, measures: Measures) -> float:
-        """Return the energy of a whole map, estimated from the sampled queries."""
-        return -measures.logsumexp * self.queries
+    queries: int
+    sampled: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class BranchRecord:
-    """What one branch did in one step; sizes are root mean squares over the latent."""
+    """What one branch did in one step; sizes are root mean squares over the latent.
+
+    Attributes:
+        guidance: size of what the branch added to the result.
+        cfg: size of what cfg, and whatever else came before, had added to the conditional
+            prediction.
+        prediction: size of the prediction that was compared with the perturbed one.
+        cosine: between guidance and cfg; 0 where one of them is 0.
+        joined: perturbed predictions made in the call of the base prediction.
+        whole: those that took a pass of their own, by reason.
+        blocks: the blocks whose attention it smoothed, by name.
+    """
 
     guidance: float
-    """What the branch added to the result."""
     cfg: float
-    """What cfg, and whatever else came before, had added to the conditional prediction."""
     prediction: float
-    """The prediction that was compared with the perturbed one."""
-    cosine: float | None
-    """Between guidance and cfg; None where one of them is 0."""
-    shared: int
-    """Perturbed passes that took over what the main pass had computed."""
-    full: dict[str, int]
-    """Perturbed passes that computed everything, by reason."""
-    conds: int
-    """Predictions of the main pass."""
-    milliseconds: float
+    cosine: float
+    joined: int
+    whole: dict[str, int]
     blocks: dict[str, BlockRecord]
 
-    @property
-    def against_cfg(self) -> float | None:
-        """Return the size of the guidance, as a multiple of cfg's; None where cfg does nothing."""
-        return self.guidance / self.cfg if self.cfg > 0 else None
-
-    @property
-    def against_prediction(self) -> float:
-        """Return the size of the guidance, as a share of the prediction."""
-        return self.guidance / self.prediction if self.prediction > 0 else 0.0
+    def share(self, size: float) -> float:
+        """Return a size as a share of the prediction's."""
+        return size / self.prediction if self.prediction > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,13 +85,13 @@ class Record:
     """One run of sampling.
 
     Attributes:
-        number: the how manieth run of the probe this is.
+        number: the run's index among those of the probe, from 1.
         branches: label, blocks, scale and window of each branch on the model.
         steps: every evaluation of the model, in order.
         heat: for each step with guidance, where it acted: mean square over the channels, as
             ``(steps, images, height, width)``; None for latents without height and width.
         warnings: what the run warned of.
-        fingerprint: by which the latents that it made are recognised.
+        fingerprint: identifies the latents that it made.
     """
 
     number: int
@@ -104,46 +99,42 @@ class Record:
     steps: tuple[StepRecord, ...]
     heat: torch.Tensor | None
     warnings: tuple[str, ...]
-    fingerprint: tuple[float, ...] = ()
+    fingerprint: torch.Tensor
 
-    def made(self, samples: torch.Tensor) -> bool:
-        """Tell whether this run ended in these latents."""
-        other = fingerprint_of(samples)
-        return len(other) == len(self.fingerprint) and all(
-            math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-5)
-            for a, b in zip(self.fingerprint, other, strict=True)
-        )
+    def guided_by(self, index: int) -> dict[int, BranchRecord]:
+        """Return what a branch did, by the numbers of the steps, counted from 1."""
+        steps = enumerate(self.steps, 1)
+        return {n: step.branches[index] for n, step in steps if index in step.branches}
 
 
 class Probe:
-    """What the graph hands from the model to the report; holds the last few runs of the model."""
+    """What the graph hands from the model to the report; holds the last few runs of the model.
+
+    Attributes:
+        runs: number of runs so far.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.runs = 0
         self._records: deque[Record] = deque(maxlen=KEPT_RECORDS)
-
-    @property
-    def runs(self) -> int:
-        """Number of runs so far."""
-        return self._count
 
     def take(self, **parts: Any) -> None:
         """Keep one more run."""
-        self._count += 1
-        self._records.append(Record(self._count, **parts))
+        self.runs += 1
+        self._records.append(Record(self.runs, **parts))
 
-    def record(self, samples: torch.Tensor | None = None) -> tuple[Record | None, bool]:
+    def record(self, samples: torch.Tensor) -> tuple[Record | None, bool]:
         """Return the run that made these latents, or else the last; and whether it made them."""
-        if samples is not None:
-            for record in reversed(self._records):
-                if record.made(samples):
-                    return record, True
+        wanted = fingerprint_of(samples)
+        for record in reversed(self._records):
+            if torch.allclose(record.fingerprint, wanted, rtol=1e-5, atol=1e-5):
+                return record, True
         return (self._records[-1] if self._records else None), False
 
 
-def fingerprint_of(samples: torch.Tensor) -> tuple[float, ...]:
-    """Return numbers by which latents are recognised."""
+def fingerprint_of(samples: torch.Tensor) -> torch.Tensor:
+    """Return three numbers that identify latents; those of nested ones equal no others."""
     if samples.is_nested:
-        return ()
+        return torch.full((3,), math.nan, dtype=torch.float64)
     work = samples.detach().double().cpu()
-    return float(work.numel()), float(work.sum()), float(work.abs().sum())
+    return torch.stack([torch.tensor(work.numel()).double(), work.sum(), work.abs().sum()])

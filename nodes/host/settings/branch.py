@@ -49,12 +49,12 @@ class Branch:
 
     @property
     def joins(self) -> bool:
-        """True if its prediction may be made in the same call as the plain one."""
+        """True if its prediction may be made in the same call as the base prediction."""
         return (
             self.reuse and self.side != "free" and isinstance(self.perturbation, BlockPerturbation)
         )
 
     @property
-    def watches(self) -> bool:
-        """True if it looks at the attention of the plain prediction."""
-        return getattr(self.perturbation, "watched", None) is not None
+    def needs_saliency(self) -> bool:
+        """True if the attention of the base prediction has to be measured for it."""
+        return getattr(self.perturbation, "source", None) is not None

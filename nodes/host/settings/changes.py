@@ -100,11 +100,11 @@ class ChangeTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class PassBy:
-    """A block is passed over: what enters it comes out."""
+class SkipBlock:
+    """A block is skipped: what enters it comes out."""
 
     takes_heads = False
     auto: Auto = "skip"
 
 
-Change = SmoothQueries | ChangeOutput | ChangeTokens | PassBy
+Change = SmoothQueries | ChangeOutput | ChangeTokens | SkipBlock

@@ -61,14 +61,14 @@ class InputBlur:
 
     Attributes:
         label: whose guidance this is, in messages.
-        watched: the blocks whose attention says where; None for everywhere.
+        source: the blocks whose attention says where; None for everywhere.
         sigma: width of the blur of the predicted image, in latent cells.
         kernel: ``"reference"`` or ``"full"``.
         threshold: how much attention a place must draw, in shares of the average.
     """
 
     label: str
-    watched: Selection | None
+    source: Selection | None
     sigma: float
     kernel: str
     threshold: float
@@ -79,9 +79,9 @@ class InputBlur:
     @property
     def where(self) -> str:
         """Return what it acts on, for the log."""
-        if self.watched is None:
+        if self.source is None:
             return "everywhere"
-        return f"where {self.watched.name(self.watched.targets)} looks"
+        return f"where {self.source.name(self.source.targets)} attends"
 
     def name(self, targets: Iterable[Target]) -> str:
         """Return nothing: no block is changed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -16,48 +15,46 @@ SAMPLERS = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Everything that a sampling needs besides the model."""
+def sampled(
+    model: Any,
+    callback: Callable[..., None],
+    *,
+    positive: Any,
+    negative: Any,
+    latent: dict[str, Any],
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float = 1.0,
+) -> torch.Tensor:
+    """Return the latents that a model samples, given the widgets of the host's KSampler.
 
-    positive: Any
-    negative: Any
-    latent: dict[str, Any]
-    seed: int
-    steps: int
-    cfg: float
-    sampler: str
-    scheduler: str
-    denoise: float
-
-    def run(self, model: Any, callback: Callable[..., None]) -> torch.Tensor:
-        """Return the latents that a model samples.
-
-        Raises:
-            InterruptProcessingException: if the person stops it.
-        """
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        latent = self.latent
-        ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-        given = [latent[name] for name in ratios if latent.get(name) is not None]
-        image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *given)
-        noise = comfy.sample.prepare_noise(image, self.seed, latent.get("batch_index"))
-        return comfy.sample.sample(
-            model,
-            noise,
-            self.steps,
-            self.cfg,
-            self.sampler,
-            self.scheduler,
-            self.positive,
-            self.negative,
-            image,
-            denoise=self.denoise,
-            noise_mask=latent.get("noise_mask"),
-            callback=callback,
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=self.seed,
-        )
+    Raises:
+        InterruptProcessingException: if the person stops it.
+    """
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    given = [latent[name] for name in ratios if latent.get(name) is not None]
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *given)
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    return comfy.sample.sample(
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        image,
+        denoise=denoise,
+        noise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
 
 
 def decode(vae: Any, samples: torch.Tensor) -> torch.Tensor:

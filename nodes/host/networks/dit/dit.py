@@ -5,85 +5,82 @@ What differs from family to family stands in the table; how attention is changed
 
 from __future__ import annotations
 
+import functools
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
 import torch
 
-from .....seg_core import Block, Target, all_targets
-from ...calls.call import Call
-from ...calls.site import Site
-from ...settings.changes import Auto, Change, ChangeTokens, PassBy
-from ...settings.perturbation import Selection
-from ..entering import Carried
+from .....seg_core import Block, Target, TokenGrid
+from ...batch.call import Call
+from ...batch.widening import own_options
+from ...settings.changes import Auto
+from ...settings.errors import GuidanceError
+from ..adapter import NetworkAdapter, Options
+from ..attention import Attention
+from ..blocks import Carried
+from ..editing import AttentionEditor
 from ..span import Span
-from ..view import Options, Present, View, Watch
-from .attention import changed_attention
-from .families import Family, auto_range
+from .families import FAMILIES, Family, auto_range
 from .grids import references
-from .known import family_of
-from .layout import Layout
 
+_OVERRIDE = "optimized_attention_override"
+_REFERENCES = "reference_image_num_tokens"
 _HEADS = ("num_heads", "n_heads", "heads", "n_local_heads", "num_attention_heads")
 
 
-class DiT(View):
-    """The blocks of a diffusion transformer in which an image's tokens attend to each other."""
+_BY_CLASS = {f"comfy.ldm.{family.network}": family for family in FAMILIES}
 
-    kind = "diffusion transformer"
+
+def family_of(network: object) -> Family | None:
+    """Return the row of a network, by the names of its classes; None if it is of no known family.
+
+    Names, so that a ComfyUI without a family still imports this.
+    """
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(network).__mro__]
+    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
+
+
+class DiT(NetworkAdapter):
+    """The blocks of a diffusion transformer in which an image's tokens attend to each other."""
 
     def __init__(self, network: Any, family: Family, *, video: bool = False) -> None:
         self.network = network
-        self.video = video
         self.family = family
+        self.kind = family.name
         self.axes = family.axes
+        self.one_picture = "" if video else f"{family.name} makes single pictures"
+        parts = {part: _modules(network, path) for part, path in family.parts.items()}
+        self.catalogue = [Block(part, n) for part, some in parts.items() for n in range(len(some))]
+        self.blocks = [block for some in parts.values() for block in some]
+        self.shared = [module for name in family.shared for module in _modules(network, name)]
 
     @staticmethod
     def of(network: object, model: object) -> DiT | None:
-        """Return the view of a model's network; None if its family is not in the table.
+        """Return the adapter of a model's network; None if its family is not in the table.
 
         Raises:
             ValueError: if its family is known to be out of reach; says why.
         """
-        family = family_of(network, model)
+        family = family_of(network)
         if family is None:
             return None
         if family.unsupported:
-            raise ValueError(
+            raise GuidanceError(
                 f"{family.name} models ({type(network).__name__}) cannot be guided by perturbed "
                 f"attention: {family.unsupported}."
             )
+        if not all(_modules(network, path) for path in family.parts.values()):
+            raise GuidanceError(
+                f"The network {type(network).__name__} ({type(network).__module__}) of this "
+                f"{family.name} model does not have the blocks of ComfyUI's own, so they cannot "
+                "be reached. Load the model with ComfyUI's own loader to guide it."
+            )
         dimensions = getattr(getattr(model, "latent_format", None), "latent_dimensions", 2)
         return DiT(network, family, video=family.video and dimensions > 2)
-
-    @cached_property
-    def catalogue(self) -> list[Block]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return every block, in forward order."""
-        return [
-            Block(part, index)
-            for part, path in self.family.parts.items()
-            for index in range(len(operator.attrgetter(path)(self.network)))
-        ]
-
-    @cached_property
-    def shared(self) -> list[torch.nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return the modules of the family's `shared`, as far as the network has them."""
-        found = [getattr(self.network, name, None) for name in self.family.shared]
-        modules = [m if isinstance(m, torch.nn.ModuleList) else [m] for m in found if m is not None]
-        return [module for several in modules for module in several]
-
-    @cached_property
-    def blocks(self) -> list[torch.nn.Module]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return the modules of all blocks, in forward order."""
-        lists = [operator.attrgetter(path)(self.network) for path in self.family.parts.values()]
-        return [
-            block
-            for blocks in lists
-            for block in (blocks.values() if isinstance(blocks, torch.nn.ModuleDict) else blocks)
-        ]
 
     def fork(self, target: Target) -> int:
         """Return the number of a target's block."""
@@ -107,73 +104,93 @@ class DiT(View):
         found = (space[name] for space in modules for name in _HEADS if name in space)
         return next((count for count in found if isinstance(count, int)), None)
 
-    @property
-    def one_picture(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Return why there are no frames to smooth over; empty if there are."""
-        if self.video:
-            return ""
-        return f"{self.family.name} makes single pictures"
-
     def frames(self, call: Call) -> int:
         """Return the number of frames that attend to each other in one call."""
-        return self.layout(call).grid.frames
+        return self._grid(call).frames
 
     def carried(self, target: Target) -> Carried:
         """Return which arguments of a target's block become its result."""
         return self.family.carried.get(target.part, Carried((), None))
 
-    def span(self, call: Call, tokens: int, options: Options) -> Span | None:
-        """Return where the image's tokens lie among those that enter a block; None if nowhere."""
-        return self.layout(call).find(tokens, tokens, options)
+    def span(self, call: Call, queries: int, keys: int, options: Options) -> Span | None:
+        """Return where the image's tokens lie among the queries; None if they cannot be there."""
+        if keys < queries:
+            return None  # cross-attention
+        family, grid = self.family, self._grid(call)
+        row = family.row(self.network, call, grid)
+        length = grid.frames * grid.height * row
+        start = family.beside(self.network, call, grid)
+        if family.anchor == "end":
+            # A cache of reference images leaves their queries out.
+            start = queries - start - length - (self._references(call, options) * (queries == keys))
+        if not 0 <= start <= queries - length:
+            return None
+        return Span(start, grid, row, keys - queries if family.cached_keys else 0)
 
-    def require(self, label: str, selection: Selection, change: Change) -> None:
-        """Refuse other tokens for blocks through which the image's do not go."""
-        shuffled = isinstance(change, ChangeTokens)
-        if not shuffled and not isinstance(change, PassBy):
-            return
-        carried = {target: self.carried(target) for target in selection.targets}
-        lacking = [t for t, c in carried.items() if not c.names or (shuffled and c.image is None)]
-        if lacking:
-            what = "the image's tokens do not enter" if shuffled else "it is not known how to pass"
-            raise ValueError(
-                f"{label}: {what} block {selection.name(lacking)} of {self.family.name}. Choose "
-                f"other blocks of {self.describe(all_targets(self.catalogue))}."
-            )
+    def _grid(self, call: Call) -> TokenGrid:
+        """Return the token grid of a call."""
+        return self.family.grid(call, self.family.patch(self.network))
+
+    def _references(self, call: Call, options: Options) -> int:
+        """Return the number of tokens of reference images at the end."""
+        if _REFERENCES in options:
+            return sum(options[_REFERENCES])
+        # Older versions of the host do not count them.
+        patch = self.family.patch(self.network)
+        return references(call, patch) if self.family.references else 0
 
     def obstacle(self, call: Call) -> str:
         """Return why a call cannot take more rows; empty if it can."""
         return self.family.obstacle(call)
 
-    def layout(self, call: Call) -> Layout:
-        """Return where one call keeps the image's tokens."""
-        family, network = self.family, self.network
-        patch = family.patch(network)
-        grid = family.grid(network, call, patch)
-        return Layout(
-            family,
-            grid,
-            family.beside(network, call, grid),
-            family.row(network, call, grid),
-            patch,
-            references(call, patch) if family.references else 0,
-        )
+    def edited_attention(self, call: Call, editor: AttentionEditor) -> AbstractContextManager[None]:
+        """Change the self-attention of some rows for the length of one call, or measure it."""
+        targets = editor.targets
 
-    def changed_attention(
-        self,
-        call: Call,
-        options: Options,
-        sites: list[Site],
-        present: Present,
-        watches: Sequence[Watch],
-    ) -> AbstractContextManager[Options]:
-        """Change the self-attention of some rows for the length of one call, or look at it."""
-        targets = [t for site in sites for t in site.perturbation.targets]
-        targets += [t for watch in watches for t in watch.targets]
-        return changed_attention(
-            {target: self.module(target) for target in dict.fromkeys(targets)},
-            self.layout(call),
-            options,
-            sites,
-            present,
-            watches,
-        )
+        def own(number: int, options: Options) -> Options:
+            override = _override(self, call, options, editor, targets[number])
+            return {**options, _OVERRIDE: override}
+
+        return own_options([self.module(target) for target in targets], call.options, own)
+
+
+def _modules(network: Any, path: str) -> list[torch.nn.Module]:
+    """Return the module at a path, or those of the list that stands there; none if none does."""
+    try:
+        found = operator.attrgetter(path)(network)
+    except AttributeError:
+        return []
+    if found is None:
+        return []
+    if isinstance(found, torch.nn.ModuleDict):
+        return list(found.values())
+    return list(found) if hasattr(found, "__len__") else [found]
+
+
+def _override(
+    network: DiT, call: Call, options: Options, editor: AttentionEditor, target: Target
+) -> Callable[..., torch.Tensor]:
+    """Return the attention override of one run of a block, around another node's if there is one.
+
+    A block may attend more than once. In some families only its first attention is the image's
+    self-attention; saliency is measured in the first, in which all tokens are.
+    """
+    before = options.get(_OVERRIDE)
+    calls = itertools.count()
+
+    def override(func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        attend = func if before is None else functools.partial(before, func)
+        attention = Attention(attend, args, kwargs, chained=before is not None)
+        is_first = next(calls) == 0
+        if network.family.first_only and not is_first:
+            return attention.run()
+        seen = kwargs.get("transformer_options") or {}
+        span = network.span(call, attention.queries, attention.keys, seen)
+        if span is None:
+            return attention.run()
+        if is_first:
+            editor.measure(attention, target, span, network.family.patch(network.network))
+        here = editor.acting(target)
+        return editor.run(attention, target, span, here) if here else attention.run()
+
+    return override

@@ -10,28 +10,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .....seg_core import TokenGrid
-from ...calls.blocks import OUTPUT, Axes
-from ...calls.call import Call
-from ..entering import Carried
+from ...batch.call import Call
+from ...batch.network_call import Axes
+from ...batch.widening import OUTPUT
+from ..blocks import Carried
 from .grids import (
     Patch,
     cells_grid,
     each_frame_alone,
     image_beside,
-    no_tokens,
     one_cell,
-    one_token,
-    only_image,
     padding,
     patch_size,
     reference_frames,
     reference_image,
+    reference_patches,
     without_guides,
 )
-
-
-def _none(_call: Call) -> str:
-    return ""
 
 
 def _one_reference(call: Call) -> str:
@@ -50,7 +45,7 @@ class Family:
         parts: name of each list of blocks -> attribute of the network, in forward order.
         carried: name of the list -> which arguments of a block become its result, where known.
         video: it makes videos, whose frames attend to each other.
-        skip: blocks that are usually passed over, all parts as one list; empty for `auto`.
+        skip: blocks that are usually skipped, all parts as one list; empty for `auto`.
         anchor: the end of the queries' sequence that the image's tokens are counted from.
         patch: the network's patch.
         grid: token grid of a call; the image is always frame by frame in row-major order.
@@ -75,15 +70,15 @@ class Family:
     skip: tuple[int, ...] = ()
     anchor: Literal["start", "end"] = "end"
     patch: Callable[[Any], Patch] = patch_size
-    grid: Callable[[Any, Call, Patch], TokenGrid] = cells_grid
-    beside: Callable[[Any, Call, TokenGrid], int] = no_tokens
+    grid: Callable[[Call, Patch], TokenGrid] = cells_grid
+    beside: Callable[[Any, Call, TokenGrid], int] = lambda *_: 0
     references: bool = False
-    row: Callable[[Any, Call, TokenGrid], int] = only_image
+    row: Callable[[Any, Call, TokenGrid], int] = lambda _network, _call, grid: grid.width
     first_only: bool = False
     cached_keys: bool = False
     axes: Axes = field(default_factory=dict)
     shared: tuple[str, ...] = ()
-    obstacle: Callable[[Call], str] = _none
+    obstacle: Callable[[Call], str] = lambda _call: ""
     auto: tuple[int, int] = (3, 4)
     unsupported: str = ""
 
@@ -125,7 +120,7 @@ FAMILIES = (
     Family("Flux, Flux.2, LongCat-Image", "flux.model.Flux", _TWO, _IMG_TXT, references=True),
     Family("Chroma, Chroma Radiance", "chroma.model.Chroma", _TWO, _IMG_TXT),
     Family("SD3, SD3.5", "modules.diffusionmodules.mmdit.MMDiT", {"double": "joint_blocks"},
-           {"double": Carried((0, 1), 1)}, skip=(7, 8, 9)),
+           {"double": Carried(("argument 0", "argument 1"), "argument 1")}, skip=(7, 8, 9)),
     Family("AuraFlow", "aura.mmdit.MMDiT",
            {"double": "double_layers", "single": "single_layers"},
            {"double": Carried(("c", "x"), "x"), "single": Carried(("cx",), "cx")}),
@@ -162,8 +157,7 @@ FAMILIES = (
             "single": Carried(("image_tokens",), "image_tokens")}, anchor="start",
            row=image_beside),
     Family("HiDream-O1", "hidream_o1.model.HiDreamO1Transformer",
-           {"double": "language_model.layers"}, anchor="start", beside=one_token,
-           cached_keys=True),
+           {"double": "language_model.layers"}, beside=reference_patches, cached_keys=True),
     Family("OmniGen2", "omnigen.omnigen2.OmniGen2Transformer2DModel", {"block": "layers"},
            {"block": _ONE}),
     Family("Boogu", "boogu.model.BooguTransformer2DModel",

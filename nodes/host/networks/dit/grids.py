@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .....seg_core import TokenGrid
-from ...calls.call import Call
+from ...batch.call import Call
 
 Patch = tuple[int, int, int]
 
@@ -22,9 +22,8 @@ def one_cell(_network: Any) -> Patch:
     return 1, 1, 1
 
 
-def cells_grid(network: Any, call: Call, patch: Patch) -> TokenGrid:
+def cells_grid(call: Call, patch: Patch) -> TokenGrid:
     """Return the grid of an image or a video; the host pads to whole patches."""
-    del network
     return grid_of(call.x.shape, patch)
 
 
@@ -40,15 +39,13 @@ def references(call: Call, patch: Patch) -> int:
     return sum(grid_of(image.shape, patch).tokens for image in images)
 
 
-def each_frame_alone(network: Any, call: Call, patch: Patch) -> TokenGrid:
+def each_frame_alone(call: Call, patch: Patch) -> TokenGrid:
     """Return the grid of one frame: the others are images of their own."""
-    del network
     return grid_of((*call.x.shape[:2], *call.x.shape[-2:]), patch)
 
 
-def without_guides(network: Any, call: Call, patch: Patch) -> TokenGrid:
+def without_guides(call: Call, patch: Patch) -> TokenGrid:
     """Return the grid of a video without the guide frames at its end: they are given, not made."""
-    del network
     shapes = call.extra.get("latent_shapes")  # of audio-video models, whose x is packed
     video = grid_of(call.x.shape if shapes is None else shapes[0], patch)
     guides = call.extra.get("keyframe_idxs")
@@ -56,27 +53,19 @@ def without_guides(network: Any, call: Call, patch: Patch) -> TokenGrid:
     return TokenGrid(max(video.frames - frames, 1), video.height, video.width)
 
 
-def no_tokens(network: Any, call: Call, grid: TokenGrid) -> int:
-    """Return that nothing lies between the anchor and the image."""
-    del network, call, grid
-    return 0
+def reference_patches(_network: Any, call: Call, _grid: TokenGrid) -> int:
+    """Return the number of tokens of reference pictures, which the host cuts into patches."""
+    patches = call.extra.get("ref_patches")
+    return 0 if patches is None else patches.shape[1]
 
 
-def one_token(network: Any, call: Call, grid: TokenGrid) -> int:
-    """Return that one token lies between the anchor and the image."""
-    del network, call, grid
-    return 1
-
-
-def padding(network: Any, call: Call, grid: TokenGrid) -> int:
+def padding(network: Any, _call: Call, grid: TokenGrid) -> int:
     """Return the number of tokens that fill the sequence up."""
-    del call
     return -grid.tokens % (getattr(network, "pad_tokens_multiple", None) or 1)
 
 
-def reference_image(network: Any, call: Call, grid: TokenGrid) -> int:
+def reference_image(network: Any, call: Call, _grid: TokenGrid) -> int:
     """Return the number of tokens of a reference image."""
-    del grid
     reference = call.extra.get("reference_latent")
     if reference is None or network.ref_conv is None:
         return 0
@@ -98,9 +87,3 @@ def image_beside(network: Any, call: Call, grid: TokenGrid) -> int:
     if beside is None:
         return grid.width
     return -(-(call.x.shape[-1] + beside.shape[-1]) // patch_size(network)[2])
-
-
-def only_image(network: Any, call: Call, grid: TokenGrid) -> int:
-    """Return the tokens of a row: the image's."""
-    del network, call
-    return grid.width

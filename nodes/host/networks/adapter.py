@@ -1,0 +1,197 @@
+"""What a network is to guidance: its blocks with self-attention, and how they are changed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ....seg_core import Block, Target, all_targets, describe_targets, select, select_heads
+from ..batch.active import ActivePerturbation
+from ..batch.call import Call
+from ..batch.compiled import compiled_blocks
+from ..batch.network_call import Axes
+from ..batch.widening import running_eagerly
+from ..settings.changes import Auto, Change, ChangeTokens, SkipBlock, SmoothQueries
+from ..settings.errors import GuidanceError
+from ..settings.perturbation import BlockPerturbation, Selection
+from .blocks import Carried, Present, changed_blocks
+from .editing import AttentionEditor
+from .saliency import SaliencyRequest
+from .span import Span
+
+Options = dict[str, Any]
+
+
+class NetworkAdapter(ABC):
+    """One network, with the blocks that it has now: other nodes may hide them in modules later.
+
+    How to reach its parts is the business of its kind.
+
+    Attributes:
+        kind: what users call it.
+        network: the module.
+        axes: where rows are not the first axis of what goes into a block, by the argument's name.
+        shared: modules whose output no perturbation reaches.
+        catalogue: every block with self-attention, in forward order.
+        blocks: the modules between which nothing but rows is handed on, in forward order.
+        one_picture: why there are no frames to smooth over; empty if there are.
+    """
+
+    kind: str
+    network: Any
+    axes: Axes = MappingProxyType({})
+    shared: Sequence[torch.nn.Module] = ()
+    catalogue: Sequence[Block]
+    blocks: Sequence[torch.nn.Module]
+    one_picture: str = ""
+
+    @abstractmethod
+    def fork(self, target: Target) -> int:
+        """Return the number of the first of `blocks` that a change of a target reaches."""
+
+    @abstractmethod
+    def module(self, target: Target) -> torch.nn.Module:
+        """Return the block that a target's self-attention belongs to."""
+
+    @abstractmethod
+    def auto(self, purpose: Auto) -> Sequence[Target]:
+        """Return the layers that `auto` means for a kind of change.
+
+        Raises:
+            ValueError: if there are none.
+        """
+
+    @abstractmethod
+    def heads(self, target: Target) -> int | None:
+        """Return the number of heads of a layer; None if it is not to be seen from outside."""
+
+    @abstractmethod
+    def carried(self, target: Target) -> Carried:
+        """Return which arguments of a target's block become its result."""
+
+    @abstractmethod
+    def span(self, call: Call, queries: int, keys: int, options: Options) -> Span | None:
+        """Return where the image's tokens lie among the queries of attention; None if nowhere."""
+
+    @abstractmethod
+    def frames(self, call: Call) -> int:
+        """Return the number of frames that attend to each other in one call."""
+
+    @abstractmethod
+    def edited_attention(self, call: Call, editor: AttentionEditor) -> AbstractContextManager[None]:
+        """Change the self-attention of some rows for the length of one call, or measure it."""
+
+    @contextmanager
+    def changed(
+        self,
+        call: Call,
+        active: Sequence[ActivePerturbation],
+        present: Present,
+        measured: Sequence[SaliencyRequest] = (),
+    ) -> Iterator[None]:
+        """Change some rows for the length of one call, and measure the attention of others.
+
+        Args:
+            call: the call of the host's model, with the options that its network is given.
+            active: what is changed, in which rows.
+            present: the rows of the batch that are computed at a target.
+            measured: for whom the attention that tokens draw is measured.
+        """
+        whole = [a for a in active if isinstance(a.perturbation.change, ChangeTokens | SkipBlock)]
+        inside = [one for one in active if one not in whole]
+        with ExitStack() as stack:
+            if self.compiled:
+                acting = [*(one.perturbation for one in active), *measured]
+                changed = {self.fork(target) for one in acting for target in one.targets}
+                eager = [self.blocks[number] for number in sorted(changed & self.compiled)]
+                stack.enter_context(running_eagerly(eager))
+            computed = stack.enter_context(changed_blocks(self, call, whole, present))
+            editor = AttentionEditor(inside, computed, measured)
+            stack.enter_context(self.edited_attention(call, editor))
+            yield
+
+    @cached_property
+    def compiled(self) -> frozenset[int] | None:
+        """Return which of `blocks` torch has compiled; None if it has more of the network."""
+        return compiled_blocks(self.network, self.blocks)
+
+    def obstacle(self, call: Call) -> str:
+        """Return why a call cannot take more rows; empty if it can."""
+        del call
+        return ""
+
+    def pointless(self, perturbation: BlockPerturbation, call: Call) -> str:
+        """Return why a perturbation changes nothing in a call like this; empty if it does."""
+        change = perturbation.change
+        if not isinstance(change, SmoothQueries) or change.acts_over("space"):
+            return ""
+        if self.frames(call) > 1:
+            return ""
+        return "axes 'time' smooths over the frames of a video, and here there is one frame"
+
+    def describe(self, targets: Iterable[Target]) -> str:
+        """Return some of its layers in the selector language."""
+        return describe_targets(targets, self.catalogue)
+
+    def targets(self, selector: str) -> tuple[Target, ...]:
+        """Return the layers whose attention a selector names.
+
+        Raises:
+            ValueError: if it names none.
+        """
+        return select(selector, self.catalogue, self._auto(selector, "attention"))
+
+    def saliency_source(self, selector: str) -> Selection:
+        """Return the layers whose attention is measured; `auto` is the first that others perturb.
+
+        Raises:
+            ValueError: if it names none.
+        """
+        first_only = selector.strip().lower() == "auto"
+        targets = self.targets(selector)
+        return Selection(tuple(self.catalogue), targets[:1] if first_only else targets)
+
+    def perturbation(self, label: str, selector: str, change: Change) -> BlockPerturbation:
+        """Return a change of selected blocks.
+
+        Raises:
+            ValueError: if the selector names none, or heads that do not exist or make no sense, or
+                the change cannot be had in this network.
+        """
+        if isinstance(change, SmoothQueries) and change.acts_over("time") and self.one_picture:
+            raise GuidanceError(
+                f"{label}: axes {change.smooth.axes!r} smooths over the frames of a video, and "
+                f"{self.one_picture}. Set axes to 'space'."
+            )
+        auto = self._auto(selector, change.auto)
+        if change.takes_heads:
+            chosen = select_heads(selector, self.catalogue, auto, self.heads)
+        else:
+            chosen = dict.fromkeys(select(selector, self.catalogue, auto))
+        heads = {target: some for target, some in chosen.items() if some is not None}
+        selection = Selection(tuple(self.catalogue), tuple(chosen), heads)
+        self._require_carried(label, selection, change)
+        return BlockPerturbation(label, selection, change)
+
+    def _require_carried(self, label: str, selection: Selection, change: Change) -> None:
+        """Refuse to skip blocks, or to change the tokens of such, whose arguments are not known."""
+        shuffled = isinstance(change, ChangeTokens)
+        if not isinstance(change, ChangeTokens | SkipBlock):
+            return
+        carried = {target: self.carried(target) for target in selection.targets}
+        lacking = [t for t, c in carried.items() if not c.names or (shuffled and c.image is None)]
+        if lacking:
+            what = "the image's tokens do not enter" if shuffled else "it is not known how to skip"
+            raise GuidanceError(
+                f"{label}: {what} block {selection.name(lacking)} of {self.kind}. Choose "
+                f"other blocks of {self.describe(all_targets(self.catalogue))}."
+            )
+
+    def _auto(self, selector: str, purpose: Auto) -> Sequence[Target]:
+        return self.auto(purpose) if "auto" in selector.lower() else ()

@@ -1,0 +1,104 @@
+"""One call of the host's attention function, whatever the layout of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .span import Span
+
+
+class Attention:
+    """One call of the host's attention function.
+
+    Attributes:
+        query: `(rows, tokens, heads x dim)`, or `(rows, heads, tokens, dim)`.
+        key: in the layout of the queries; heads may be apart, `(rows, tokens, heads, dim)`, and
+            fewer than those of the queries.
+        value: in the layout of the keys.
+        rows: number of rows of the queries.
+        queries: number of queries.
+        keys: number of keys.
+        heads: number of heads of the queries.
+        mask: of the logits, or None.
+        scale: factor of the logits; None for the usual one.
+        axis: the tokens' axis of queries, keys and values.
+        out_axis: the tokens' axis of the output.
+        chained: another node's code computes it, and may count on as many queries as tokens.
+    """
+
+    def __init__(
+        self,
+        attend: Callable[..., torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        chained: bool,
+    ) -> None:
+        self._attend = attend
+        self._args = args
+        self._kwargs = kwargs
+        self.chained = chained
+        self.query: torch.Tensor = args[0]
+        self.key: torch.Tensor = args[1]
+        self.value: torch.Tensor = args[2]
+        self.heads: int = args[3] if len(args) > 3 else kwargs["heads"]
+        self.mask: torch.Tensor | None = args[4] if len(args) > 4 else kwargs.get("mask")
+        self.scale: float | None = kwargs.get("scale")
+        self.axis = 2 if kwargs.get("skip_reshape") else 1
+        self.out_axis = 2 if kwargs.get("skip_output_reshape") else 1
+        self.rows, self.queries = self.query.shape[0], self.query.shape[self.axis]
+        self.keys = self.key.shape[self.axis]
+
+    @property
+    def masks_queries(self) -> bool:
+        """Tell whether a mask treats queries differently."""
+        return self.mask is not None and self.mask.shape[-2] != 1
+
+    def mask_of(self, span: Span) -> torch.Tensor | None:
+        """Return the mask of an image's queries, as `(batch, heads, queries, keys)`."""
+        mask = self.mask
+        if mask is None:
+            return None
+        mask = mask[None] if mask.ndim == 2 else mask
+        mask = mask[:, None] if mask.ndim == 3 else mask
+        return mask if mask.shape[2] == 1 else span.view(mask, 2).flatten(2, 3)
+
+    def of(self, rows: slice) -> Attention:
+        """Return the attention of some rows of the queries."""
+        batch = self.rows
+        if rows.stop - rows.start == batch:
+            return self
+
+        def part(value: Any) -> Any:
+            of_rows = torch.is_tensor(value) and value.ndim > 2 and value.shape[0] == batch
+            return value[rows] if of_rows else value
+
+        args = tuple(part(value) for value in self._args)
+        kwargs = {name: part(value) for name, value in self._kwargs.items()}
+        return Attention(self._attend, args, kwargs, chained=self.chained)
+
+    def run(self, query: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute it, with other queries if given, in the layout of its own."""
+        query = self.query if query is None else query
+        return self._attend(query, *self._args[1:], **self._kwargs)
+
+    def by_heads(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """Return a view of a tensor whose tokens are on `axis`: `(rows, tokens, heads, dim)`."""
+        if axis == 2:
+            return tensor.transpose(1, 2)
+        dim = self.query.shape[-1] // (1 if self.axis == 2 else self.heads)
+        return tensor if tensor.ndim == 4 else tensor.unflatten(2, (-1, dim))
+
+    def of_each_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return keys or values by heads, repeated where several heads of queries share them."""
+        tensor = self.by_heads(tensor, self.axis)
+        shared = self.heads // tensor.shape[2]
+        return tensor if shared == 1 else tensor.repeat_interleave(shared, dim=2)
+
+
+def laid_out(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return `(rows, tokens, heads, dim)` in the layout whose tokens are on `axis`."""
+    return tensor.transpose(1, 2) if axis == 2 else tensor.flatten(2)

@@ -1,1 +1,0 @@
-"""UNets: convolutions with transformers between them."""

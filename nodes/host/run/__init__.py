@@ -1,0 +1,1 @@
+"""One sampling call: its state, what joins, the two kinds of pass, and what is said of them."""

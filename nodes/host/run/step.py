@@ -1,0 +1,137 @@
+"""One evaluation of the guided model: what is known of it, and what it holds until it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..batch.call import COMPILE_KEY, KEY, Call
+from .compat.guiders import expected_conds
+from .precomputed import Precomputed
+from .run import Run
+from .state import BranchState
+
+Args = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """Base predictions that were made of one latent.
+
+    Attributes:
+        given: the latent itself, by which others name the evaluation.
+        latent: a copy: others may write into theirs.
+        predictions: by the identities of their conds, before anybody altered them.
+    """
+
+    given: torch.Tensor
+    latent: torch.Tensor
+    predictions: dict[tuple[Hashable, ...], torch.Tensor]
+
+
+class Step:
+    """One evaluation of the guided model, or several where other nodes look ahead in it.
+
+    Attributes:
+        run: the sampling call.
+        active: the branches whose window holds its noise level.
+        evaluations: of the base predictions; rows join those of the first.
+        precomputed: perturbed predictions that were made with them.
+        labels: the side that the base pass took each cond for.
+        together: the conds of each of its calls.
+        asked: the branches that asked for their prediction.
+        guided: those that guided it.
+        perturbed: the conds whose base predictions were perturbed themselves.
+        measured: whose attention was measured in it, by who asks.
+        is_intercepted: its base predictions pass through this pack's wrappers.
+        in_base_pass: model calls are those of the base predictions.
+        is_anonymous: a call of the base pass named no conds.
+        may_mix: code of other nodes may make rows of other rows of their batch, or count on them.
+        guider: the host's; None if it does not let this pack wrap its evaluations.
+        is_direct: nothing stands between the host's batch and the network that may reorder rows.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        active: list[BranchState],
+        latent: torch.Tensor,
+        model_options: dict[str, Any],
+        guider: Any = None,
+    ) -> None:
+        self.run = run
+        self.active = active
+        self.evaluations = [Evaluation(latent, latent.clone(), {})]
+        self.precomputed = Precomputed()
+        self.labels: dict[Hashable, int] = {}
+        self.together: list[set[Hashable]] = []
+        self.asked = set[BranchState]()
+        self.guided = set[BranchState]()
+        self.perturbed = set[Hashable]()
+        self.measured = set[Hashable]()
+        self.is_intercepted = self.in_base_pass = guider is not None
+        self.is_anonymous = False
+        self.guider = guider
+        wrappers = model_options["transformer_options"].get("wrappers", {})
+        others = set(wrappers.get("apply_model", {})) - {KEY, COMPILE_KEY}
+        self.is_direct = "model_function_wrapper" not in model_options and not others
+        self.may_mix = not self.is_direct
+
+    def note(self, call: Call, *, mixes: bool) -> None:
+        """Note the conds of one call of the base pass, and whether other nodes may mix its rows."""
+        self.is_anonymous |= not call.uuids
+        self.may_mix |= mixes
+        self.labels.update(zip(call.uuids, call.options.get("cond_or_uncond", ()), strict=False))
+        self.together.append(set(call.uuids))
+
+    def end_base_pass(self, args: Args) -> None:
+        """Note what was predicted, from a pre-CFG call; what is evaluated later is not base."""
+        given = args["input"]
+        outs = zip(args["conds"], args["conds_out"], strict=False)
+        predictions = {_names(conds): out.clone() for conds, out in outs}
+        evaluation = Evaluation(given, given.clone(), predictions)
+        if self.in_base_pass:
+            self.in_base_pass = False
+            self.evaluations = [evaluation]
+        else:
+            self.evaluations.append(evaluation)
+
+    def evaluation(self, latent: torch.Tensor) -> Evaluation:
+        """Return the evaluation that a latent names; the last, if a guider made the latent."""
+        named = (one for one in reversed(self.evaluations) if one.given is latent)
+        return next(named, self.evaluations[-1])
+
+    def prediction(self, evaluation: Evaluation, args: Args, side: str) -> torch.Tensor | None:
+        """Return the prediction of one side as it was evaluated; None if none was made.
+
+        Other nodes may have altered it since: their change is theirs, and not to be multiplied by
+        a scale of ours.
+        """
+        name = _names(args[side])
+        if name in evaluation.predictions:
+            return evaluation.predictions[name]
+        altered = args[f"{side}_denoised"]
+        seen = not self.labels or any(uuid in self.labels for uuid in name)
+        return altered if seen and torch.is_tensor(altered) else None
+
+    def wanted(self, state: BranchState) -> set[Hashable]:
+        """Return the conds that a branch will ask for: last step's, or the likely ones."""
+        return expected_conds(self.guider, state.branch) if state.wanted is None else state.wanted
+
+    def close(self) -> None:
+        """Note whose rows were computed for nothing."""
+        owners = {key[0] for key in self.precomputed.predictions}
+        for state in self.active:
+            if state.branch in owners and state not in self.asked:
+                state.unused = True
+                self.run.report.warn_once(
+                    f"{state.label}: its prediction was made and nobody used it, because another "
+                    "node takes the place of guidance. It is no longer made beforehand."
+                )
+
+
+def _names(conds: Any) -> tuple[Hashable, ...]:
+    return tuple(cond["uuid"] for cond in conds or ())

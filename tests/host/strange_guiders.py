@@ -1,0 +1,167 @@
+"""Stand-ins of guiders and evaluations of other packs: each says which real thing it stands for."""
+
+from __future__ import annotations
+
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from dit_models import latent_shape, prompt
+from host_models import conditioning, noise_like
+
+LATENT = (1, 4, 6, 8)
+
+
+def sampled_by(guider_class, model, *, cfg=4.0, steps=3, kind="unet"):
+    """Sample by a guider, as `SamplerCustomAdvanced` does, and return the latents.
+
+    Args:
+        guider_class: of the guider, which has two prompts.
+        model: a tiny UNet, or another tiny model of the given kind.
+        cfg: of the guider.
+        steps: how many.
+        kind: `unet`, or a key of `TINY`.
+    """
+    shape = LATENT if kind == "unet" else latent_shape(kind, (3, 4))
+    guider = guider_class(model)
+    guider.set_conds(*(_prompt(kind, shape, seed) for seed in (1, 2)))
+    guider.set_cfg(cfg)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)
+    sampler = comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        return guider.sample(noise_like(shape), torch.zeros(shape), sampler, sigmas)
+
+
+def _prompt(kind, shape, seed):
+    return conditioning(seed) if kind == "unet" else prompt(kind, shape, seed)
+
+
+class ByHand(comfy.samplers.CFGGuider):
+    """A guider that evaluates its conds, and runs the post-CFG functions, by itself."""
+
+    shown = staticmethod(lambda x, result: x)
+    """What it shows the functions as the latent of the step."""
+    times = 1
+    """How often it runs them on one evaluation."""
+
+    def evaluated(self, x, timestep, options):
+        """Return the predictions of both sides; without cfg, the number 0 for the second."""
+        sides = [self.conds["positive"], self.conds["negative"]][: 1 + (self.cfg != 1)]
+        outs = comfy.samplers.calc_cond_batch(self.inner_model, sides, x, timestep, options)
+        return [*outs, 0][:2]
+
+    def further(self, cond, x, timestep, options):
+        """Return what is added besides cfg."""
+        return 0
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        cond, uncond = self.evaluated(x, timestep, model_options)
+        result = uncond + (cond - uncond) * self.cfg
+        result = result + self.further(cond, x, timestep, model_options)
+        args = {"cond": self.conds["positive"], "uncond": self.conds["negative"],
+                "cond_denoised": cond, "uncond_denoised": uncond, "cond_scale": self.cfg,
+                "model": self.inner_model, "sigma": timestep, "model_options": model_options,
+                "input": self.shown(x, result)}  # fmt: skip
+        for function in model_options.get("sampler_post_cfg_function", []) * self.times:
+            result = function({**args, "denoised": result})
+        return result
+
+
+class ShowsItsResult(ByHand):
+    """As guiders of video packs: what post-CFG functions are shown as `input` is the result."""
+
+    shown = staticmethod(lambda x, result: result)
+
+
+class RunsFunctionsTwice(ByHand):
+    """As guiders that apply cfg twice to one evaluation: at two strengths, or in two places."""
+
+    times = 2
+
+
+class SkipsByItself(ByHand):
+    """As LTX-Video's STG guider: a skipped prediction of its own follows the plain ones.
+
+    What it skips is the second double block of a Flux, or the attention in a UNet's middle block.
+    """
+
+    def further(self, cond, x, timestep, options):
+        own = comfy.model_patcher.create_model_options_clone(options)
+        replace = comfy.model_patcher.set_model_options_patch_replace
+        replace(own, lambda q, k, v, extra: torch.zeros_like(q), "attn1", "middle", 0)
+        replace(own, lambda args, extra: dict(args), "dit", "double_block", 1)
+        side = [self.conds["positive"]]
+        (worse,) = comfy.samplers.calc_cond_batch(self.inner_model, side, x, timestep, own)
+        return 0.5 * (cond - worse)
+
+
+class EvaluatesTwice(comfy.samplers.CFGGuider):
+    """As samplers with a corrector: the host's whole evaluation runs twice in a step."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        first = super().predict_noise(x, timestep, model_options, seed)
+        second = super().predict_noise(0.9 * x, timestep, model_options, seed)
+        return 0.5 * (first + second)
+
+
+class HandsInTheModelsOptions(comfy.samplers.CFGGuider):
+    """As samplers that evaluate with the patcher's own options, and not with the run's copy."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        own = self.model_patcher.model_options
+        conds = self.conds["negative"], self.conds["positive"]
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, *conds, self.cfg, model_options=own, seed=seed
+        )
+
+
+class BreaksOff(comfy.samplers.CFGGuider):
+    """A guider that fails between its two plain calls, as for a prompt that cannot be used."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        side = [self.conds["positive"]]
+        comfy.samplers.calc_cond_batch(self.inner_model, side, x, timestep, model_options)
+        raise RuntimeError("the second prompt cannot be used")
+
+
+def in_place(model):
+    """As cfg functions that save memory: what they compute they write into the step's latent."""
+
+    def cfg_function(args):
+        x = args["input"]
+        result = args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+        x.mul_(0.8).add_(0.01)
+        return result
+
+    model = model.clone()
+    model.set_model_sampler_cfg_function(cfg_function)
+    return model
+
+
+def older_evaluation(model):
+    """As copies of an older `calc_cond_batch`: the network is told of no uuids."""
+
+    def evaluate(args):
+        x, options = args["input"], args["model_options"]
+        chosen = [
+            (side, comfy.samplers.get_area_and_mult(cond, x, args["sigma"]))
+            for side, conds in enumerate(args["conds"])
+            for cond in conds or ()
+        ]
+        chosen = [(side, one) for side, one in chosen if one is not None]
+        if not chosen:
+            return [torch.zeros_like(x) for _ in args["conds"]]
+        told = {**options["transformer_options"], "sigmas": args["sigma"]}
+        told["cond_or_uncond"] = [side for side, _ in chosen]
+        c = comfy.samplers.cond_cat([one.conditioning for _, one in chosen])
+        sigma = args["sigma"].repeat(len(chosen))
+        latents = torch.cat([one.input_x for _, one in chosen])
+        out = args["model"].apply_model(latents, sigma, **c, transformer_options=told)
+        outs = [torch.zeros_like(x) for _ in args["conds"]]
+        for (side, _), one in zip(chosen, out.chunk(len(chosen)), strict=True):
+            outs[side] = outs[side] + one
+        return outs
+
+    model = model.clone()
+    model.model_options["sampler_calc_cond_batch_function"] = evaluate
+    return model
