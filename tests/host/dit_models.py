@@ -7,136 +7,39 @@ from dataclasses import dataclass, field
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models as supported
+import dit_variants as more
 import torch
-from comfy.ldm.chroma_radiance.model import ChromaRadianceParams
+from comfy.nested_tensor import NestedTensor
+from dit_networks import (
+    AURA,
+    BOOGU,
+    CHROMA,
+    COG,
+    COSMOS,
+    COSMOS_1,
+    FLUX,
+    FLUX2,
+    HIDREAM,
+    HUNYUAN,
+    HUNYUAN_IMAGE,
+    IDEOGRAM,
+    JOY,
+    KANDINSKY,
+    KREA,
+    LENS,
+    LTXV,
+    LUMINA,
+    MAGE,
+    MOCHI,
+    OMNIGEN,
+    PIXELDIT,
+    QWEN,
+    RADIANCE,
+    SD3,
+    WAN,
+    Z_IMAGE,
+)
 from host_models import noise_like, randomise, sample
-
-HEADS = {"num_heads": 2, "hidden_size": 32, "mlp_ratio": 2.0, "theta": 10000, "qkv_bias": True}
-FLUX = HEADS | {
-    "in_channels": 16, "out_channels": 16, "vec_in_dim": 32, "context_in_dim": 24, "depth": 2,
-    "depth_single_blocks": 3, "axes_dim": [4, 6, 6], "patch_size": 2, "guidance_embed": True,
-    "txt_ids_dims": [],
-}  # fmt: skip
-FLUX2 = FLUX | {
-    "in_channels": 128, "out_channels": 128, "vec_in_dim": None, "axes_dim": [4, 4, 4, 4],
-    "patch_size": 1, "qkv_bias": False, "txt_ids_dims": [3], "global_modulation": True,
-    "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index",
-    "ref_index_scale": 10.0, "guidance_embed": False,
-}  # fmt: skip
-CHROMA = {k: v for k, v in FLUX.items() if k != "guidance_embed"} | {
-    "in_channels": 64, "out_channels": 64, "vec_in_dim": None, "in_dim": 64, "out_dim": 32,
-    "hidden_dim": 32, "n_layers": 1,
-}  # fmt: skip
-RADIANCE = CHROMA | {
-    "in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 8,
-    "nerf_mlp_ratio": 2, "nerf_depth": 1, "nerf_max_freqs": 4, "nerf_tile_size": 0,
-    "nerf_final_head_type": "conv", "nerf_embedder_dtype": None, "use_x0": False,
-}  # fmt: skip
-if "use_sequential_txt_ids" in ChromaRadianceParams.__annotations__:
-    RADIANCE["use_sequential_txt_ids"] = False
-SD3 = {
-    "input_size": None, "pos_embed_scaling_factor": None, "pos_embed_max_size": 16,
-    "num_patches": 256, "patch_size": 2, "in_channels": 16, "depth": 1, "num_blocks": 5,
-    "adm_in_channels": 32, "qk_norm": "rms", "x_block_self_attn_layers": [0, 1, 2],
-    "context_embedder_config": {
-        "target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 64},
-    },
-}  # fmt: skip
-AURA = {
-    "cond_seq_dim": 24, "dim": 32, "n_heads": 2, "n_layers": 5, "n_double_layers": 2,
-    "global_conddim": 32, "max_seq": 256, "in_channels": 4, "out_channels": 4,
-}  # fmt: skip
-QWEN = {
-    "in_channels": 64, "out_channels": 16, "num_layers": 4, "attention_head_dim": 16,
-    "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6),
-}  # fmt: skip
-MAGE = QWEN | {"in_channels": 128, "out_channels": 128}
-LENS = {
-    "in_channels": 128, "out_channels": 32, "num_layers": 4, "attention_head_dim": 16,
-    "num_attention_heads": 2, "enc_hidden_dim": 12, "axes_dims_rope": (4, 6, 6),
-    "selected_layer_index": (0, 1),
-}  # fmt: skip
-LUMINA = {
-    "in_channels": 16, "dim": 32, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2,
-    "n_kv_heads": 1, "qk_norm": True, "cap_feat_dim": 24, "axes_dims": [4, 6, 6],
-    "axes_lens": [300, 512, 512], "multiple_of": 16, "ffn_dim_multiplier": 1.0,
-}  # fmt: skip
-Z_IMAGE = LUMINA | {
-    "dim": 256, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "pad_tokens_multiple": 8,
-    "z_image_modulation": True, "time_scale": 1000.0,
-}  # fmt: skip
-HUNYUAN = FLUX | {
-    "patch_size": [1, 2, 2], "byt5": False, "meanflow": False, "use_cond_type_embedding": False,
-    "vision_in_dim": None, "meanflow_sum": False,
-}  # fmt: skip
-HUNYUAN.pop("txt_ids_dims")
-HUNYUAN_IMAGE = HUNYUAN | {
-    "in_channels": 64, "out_channels": 64, "patch_size": [1, 1], "axes_dim": [8, 8],
-    "vec_in_dim": None, "guidance_embed": False,
-}  # fmt: skip
-WAN = {
-    "model_type": "t2v", "in_dim": 16, "out_dim": 16, "dim": 32, "ffn_dim": 64, "freq_dim": 32,
-    "text_dim": 24, "num_heads": 2, "num_layers": 4,
-}  # fmt: skip
-LTXV = {
-    "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
-    "num_attention_heads": 2, "caption_channels": 24, "num_layers": 4,
-}  # fmt: skip
-COSMOS = {
-    "max_img_h": 64, "max_img_w": 64, "max_frames": 16, "in_channels": 16, "out_channels": 16,
-    "patch_spatial": 2, "patch_temporal": 1, "model_channels": 48, "num_blocks": 4,
-    "num_heads": 2, "crossattn_emb_channels": 24, "pos_emb_cls": "rope3d", "mlp_ratio": 2.0,
-}  # fmt: skip
-COSMOS_1 = COSMOS | {
-    "block_x_format": "THWBD", "use_adaln_lora": True, "adaln_lora_dim": 8,
-    "affline_emb_norm": True, "extra_per_block_abs_pos_emb": True,
-    "extra_per_block_abs_pos_emb_type": "learnable", "pos_emb_learnable": False,
-}  # fmt: skip
-KANDINSKY = {
-    "in_text_dim": 24, "in_text_dim2": 32, "time_dim": 32, "model_dim": 32, "ff_dim": 64,
-    "visual_embed_dim": 132, "axes_dims": (4, 6, 6), "num_text_blocks": 1, "num_visual_blocks": 4,
-}  # fmt: skip
-KREA = {
-    "features": 32, "tdim": 16, "txtdim": 12, "heads": 2, "kvheads": 1, "multiplier": 2,
-    "layers": 4, "txtlayers": 2, "txtheads": 2, "txtkvheads": 2, "default_ref_method": "index",
-}  # fmt: skip
-JOY = {
-    "hidden_size": 32, "num_attention_heads": 2, "text_dim": 24, "mlp_width_ratio": 2.0,
-    "num_layers": 4, "rope_dim_list": [4, 6, 6], "theta": 256,
-}  # fmt: skip
-HIDREAM = {
-    "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2,
-    "num_single_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
-    "caption_channels": [24, 24], "text_emb_dim": 32, "num_routed_experts": 2,
-    "num_activated_experts": 1, "axes_dims_rope": [4, 6, 6], "max_resolution": [64, 64],
-    "llama_layers": [0, 1, 2, 0, 1],
-}  # fmt: skip
-OMNIGEN = {
-    "hidden_size": 48, "num_layers": 4, "num_refiner_layers": 1, "num_attention_heads": 2,
-    "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (8, 8, 8), "text_feat_dim": 24,
-}  # fmt: skip
-BOOGU = {k: v for k, v in OMNIGEN.items() if k != "text_feat_dim"} | {
-    "num_layers": 3, "num_double_stream_layers": 2, "instruction_feat_dim": 24,
-}  # fmt: skip
-COG = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "time_embed_dim": 32,
-    "text_embed_dim": 24, "num_layers": 4, "use_rotary_positional_embeddings": True,
-}  # fmt: skip
-IDEOGRAM = {
-    "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16, "intermediate_size": 64,
-    "adaln_dim": 16, "llm_features_dim": 24, "mrope_section": (4, 2, 2),
-}  # fmt: skip
-PIXELDIT = {
-    "num_groups": 2, "hidden_size": 32, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32,
-    "pixel_num_groups": 2, "patch_depth": 3, "pixel_depth": 2, "txt_embed_dim": 24,
-    "txt_max_length": 32,
-}  # fmt: skip
-MOCHI = {
-    "in_channels": 12, "hidden_size_x": 32, "hidden_size_y": 24, "depth": 4, "num_heads": 2,
-    "mlp_ratio_x": 384.0, "mlp_ratio_y": 256.0, "use_t5": True, "t5_feat_dim": 24, "qk_norm": True,
-    "t5_token_length": 7, "learn_sigma": False, "attn_drop": 0.0, "qkv_bias": False,
-    "out_bias": True, "rope_theta": 10000.0, "timestep_scale": 1000.0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,10 +54,12 @@ class Tiny:
         unit: latent cells along one side of a token.
         text: width of the prompt's embedding.
         pooled: width of the pooled prompt.
-        cond: what else the conditioning holds; callables are given the latent's shape.
+        cond: what else the conditioning holds; callables are given the latent's shape, and the
+            prompt's seed if they take it.
         refs: the conditioning's reference images, as `cond`; empty if the family takes none.
         odd: it takes sizes that are not whole patches.
         frames: it takes more than one frame.
+        sound: frames of sound that share the latent.
     """
 
     config: str
@@ -168,6 +73,7 @@ class Tiny:
     refs: dict = field(default_factory=dict)
     odd: bool = True
     frames: bool | None = None
+    sound: int = 0
 
     def __post_init__(self):
         if self.frames is None:
@@ -200,6 +106,7 @@ def _beside(shape):
 
 
 REFS = {"reference_latents": _references}
+FRAME = {"reference_latents": more.first_frame}
 
 
 def _llama(shape):
@@ -210,14 +117,19 @@ def _llama(shape):
 TINY = {
     "flux": Tiny("Flux", FLUX, refs=REFS),
     "flux2": Tiny("Flux2", FLUX2, channels=128, unit=1, refs=REFS),
+    "longcat": Tiny("LongCatImage", FLUX | more.LONGCAT, refs=REFS),
     "chroma": Tiny("Chroma", CHROMA),
     "radiance": Tiny("ChromaRadiance", RADIANCE, channels=3, unit=16),
     "sd3": Tiny("SD3", SD3),
     "aura": Tiny("AuraFlow", AURA, channels=4),
     "qwen": Tiny("QwenImage", QWEN, video=True, refs=REFS),
+    "qwen_no_noise": Tiny("QwenImage", QWEN | more.NO_NOISE, video=True, refs=REFS),
     "mage": Tiny("MageFlow", MAGE, channels=128, unit=1, refs=REFS),
     "lumina2": Tiny("Lumina2", LUMINA),
     "zimage": Tiny("ZImage", Z_IMAGE),
+    "zimage_omni": Tiny("ZImage", Z_IMAGE | more.OMNI, odd=False,
+                        refs=REFS | {"reference_latents_text_embeds": more.captions,
+                                     "clip_vision_outputs": more.seen}),
     "hunyuan_video": Tiny("HunyuanVideo", HUNYUAN, video=True, odd=False,
                           refs={"ref_latent": lambda shape: _one_frame(shape)[0]}),
     "hunyuan_image": Tiny("HunyuanImage21", HUNYUAN_IMAGE, channels=64, unit=1),
@@ -229,6 +141,21 @@ TINY = {
     "wan_camera": Tiny("WAN21_Camera", WAN | {"model_type": "camera"}, video=True),
     "wan_scail": Tiny("WAN21_SCAIL", WAN | {"in_dim": 20}, video=True,
                       refs={"reference_latents": _one_frame}),
+    "wan_scail2": Tiny("WAN21_SCAIL2", WAN | {"in_dim": 20}, video=True, odd=False,
+                       cond={"pose_video_latent": more.pose_of_scail,
+                             "driving_mask_28ch": more.identities},
+                       refs={"reference_latents": _one_frame,
+                             "ref_mask_28ch": lambda shape: more.identities(shape, 1)}),
+    "wan_humo": Tiny("WAN21_HuMo", WAN | more.WAN_HUMO, video=True, refs=FRAME,
+                     cond={"audio_embed": more.speech}),
+    "wan_s2v": Tiny("WAN22_S2V", WAN | more.WAN_S2V, video=True, cond={"audio_embed": more.voice},
+                    refs=FRAME | {"reference_motion": more.motion}),
+    "wan_animate": Tiny("WAN22_Animate", WAN | more.WAN_ANIMATE, video=True,
+                        cond={"pose_video_latent": more.pose, "face_video_pixels": more.face}),
+    "wan_dancer": Tiny("WAN22_WanDancer", WAN | more.WAN_DANCER, video=True),
+    "wan_bernini": Tiny("WAN21_T2V", WAN, video=True, refs={"context_latents": more.streams}),
+    "ltx2": Tiny("LTXAV", more.LTX_2, channels=128, video=True, unit=1, text=48, sound=5),
+    "ltx2_silent": Tiny("LTXAV", more.LTX_2_3, channels=128, video=True, unit=1, text=48),
     "ltxv": Tiny("LTXV", LTXV, channels=128, video=True, unit=1,
                  cond={"attention_mask": _all_tokens}),
     "cosmos2": Tiny("CosmosT2IPredict2", COSMOS, video=True),
@@ -236,23 +163,40 @@ TINY = {
     "cosmos1": Tiny("CosmosT2V", COSMOS_1, video=True, odd=False),
     "kandinsky5": Tiny("Kandinsky5", KANDINSKY, video=True, odd=False),
     "krea2": Tiny("Krea2", KREA, video=True, frames=False, refs=REFS),
+    "krea2_no_noise": Tiny("Krea2", KREA | more.NO_NOISE, video=True, frames=False, refs=REFS),
     "lens": Tiny("Lens", LENS, channels=128, unit=1),
     "joyimage": Tiny("JoyImage", JOY, video=True, refs=REFS),
     "hidream": Tiny("HiDream", HIDREAM, cond={"conditioning_llama3": _llama},
                     refs={"concat_latent_image": _beside}),
+    "hidream_o1": Tiny("HiDreamO1", more.HIDREAM_O1, channels=3, unit=32, odd=False,
+                       cond={"text_input_ids": more.text_ids},
+                       refs={"reference_latents": more.picture}),
     "omnigen2": Tiny("Omnigen2", OMNIGEN, cond={"attention_mask": _all_tokens}, refs=REFS),
     "boogu": Tiny("Boogu", BOOGU, cond={"attention_mask": _all_tokens}, refs=REFS),
     "cogvideox": Tiny("CogVideoX_T2V", COG, video=True),
     "ideogram4": Tiny("Ideogram4", IDEOGRAM, channels=128, unit=1),
     "pixeldit": Tiny("PixelDiTT2I", PIXELDIT, channels=3, unit=16),
+    "pid": Tiny("PiD", PIXELDIT | more.PID, channels=3, unit=16,
+                cond={"lq_latent": more.low_quality, "degrade_sigma": torch.tensor([0.3])}),
     "mochi": Tiny("GenmoMochi", MOCHI, channels=12, video=True, odd=False,
                   cond={"attention_mask": _all_tokens}),
+}  # fmt: skip
+
+
+# They share a network's class with another kind: a few tests of each are enough.
+VARIANTS = {
+    "anima", "longcat", "qwen_no_noise", "krea2_no_noise", "zimage_omni", "pid", "ltx2_silent",
+    "wan_scail2", "wan_humo", "wan_s2v", "wan_animate", "wan_dancer", "wan_bernini",
 }  # fmt: skip
 
 
 def available(kind):
     """Tell whether this ComfyUI has a family."""
     return hasattr(supported, TINY[kind].config)
+
+
+ALL = [kind for kind in TINY if available(kind) and kind != "anima"]  # slow; as cosmos2
+KINDS = [kind for kind in ALL if kind not in VARIANTS]
 
 
 @torch.no_grad()
@@ -278,8 +222,9 @@ def tiny_dit(kind, *, seed=0, dtype=torch.float32, **changes):
     model = config.get_model({})
     model.to(dtype)
     for name, module in model.diffusion_model.named_modules():
-        if name.endswith(("patch_embedding", "patch_embedding_pose")):
+        if name.startswith(("patch_embedding", "vace_patch_embedding")):
             module.float()  # as the host calls it
+    more.shrink(model.diffusion_model)
     randomise(model.diffusion_model, seed)
     sharpen(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(
@@ -300,7 +245,11 @@ def latent_shape(kind, size=(4, 6), *, frames=1, batch=1):
 def prompt(kind, shape, seed=1, *, tokens=7, **extra):
     """Return a CONDITIONING for one tiny model."""
     tiny = TINY[kind]
-    values = {k: v(shape) if callable(v) else v for k, v in (tiny.cond | extra).items()}
+    takes_seed = {more.text_ids}
+    values = {
+        name: value(shape, *([seed] if value in takes_seed else [])) if callable(value) else value
+        for name, value in (tiny.cond | extra).items()
+    }
     pooled = noise_like((1, tiny.pooled), 2000 + seed)
     embedding = noise_like((1, tokens, tiny.text), 1000 + seed)
     return [[embedding, {"pooled_output": pooled, **values}]]
@@ -314,5 +263,24 @@ def sample_dit(model, kind, shape, *, steps=2, cfg=4.0, cond=None, **options):
         "negative": prompt(kind, shape, 2, **cond),
         "latent": torch.zeros(shape),
         "scheduler": "simple",
-    }
-    return sample(model, steps=steps, cfg=cfg, **(settings | options))
+    } | options
+    if TINY[kind].sound:
+        noise = settings.pop("noise", None)
+        noise = noise_like(shape, settings.get("seed", 0)) if noise is None else noise
+        settings["noise"] = with_sound(kind, noise)
+        settings["latent"] = with_sound(kind, settings["latent"])
+    return packed(sample(model, steps=steps, cfg=cfg, **settings))
+
+
+def with_sound(kind, video):
+    """Return a video's latent with the same sound for all of a batch."""
+    sound = noise_like((1, 8, TINY[kind].sound, 16), 67)
+    return NestedTensor([video, sound.repeat(len(video), 1, 1, 1)])
+
+
+def packed(value):
+    """Return a copy of a latent or a network's output; several media as one tensor."""
+    if torch.is_tensor(value):
+        return value.clone()
+    parts = value.unbind() if isinstance(value, NestedTensor) else value
+    return torch.cat([part.flatten(1) for part in parts], dim=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from dataclasses import dataclass
 
 import comfy.samplers
@@ -43,6 +44,12 @@ JOINT = {
     "ideogram4": ("layers",),
     "pixeldit": ("patch_blocks", "pixel_blocks"),
     "mochi": ("blocks",),
+    "hidream_o1": ("language_model.layers",),
+    "longcat": TWO_LISTS,
+    "qwen_no_noise": ("transformer_blocks",),
+    "krea2_no_noise": ("blocks",),
+    "zimage_omni": ("layers",),
+    "pid": ("patch_blocks", "pixel_blocks"),
 }
 # FIRST: only the first; text, audio or control follow.
 FIRST = {
@@ -51,16 +58,27 @@ FIRST = {
     "wan_vace": ("blocks",),
     "wan_camera": ("blocks",),
     "wan_scail": ("blocks",),
+    "wan_scail2": ("blocks",),
+    "wan_humo": ("blocks",),
+    "wan_s2v": ("blocks",),
+    "wan_animate": ("blocks",),
+    "wan_dancer": ("blocks",),
+    "wan_bernini": ("blocks",),
     "ltxv": ("transformer_blocks",),
+    "ltx2": ("transformer_blocks",),
+    "ltx2_silent": ("transformer_blocks",),
     "cosmos2": ("blocks",),
     "anima": ("blocks",),
     "cosmos1": ("blocks",),
     "kandinsky5": ("visual_transformer_blocks",),
 }
+PIXELS = {"pixeldit", "pid"}  # have blocks that the image's tokens do not enter
+KEYS_TOO = {"hidream_o1"}  # hand keys on from block to block, besides tokens
 # The image's place is fixed from the end of the sequence, whatever stands before.
 FROM_END = {
     "flux", "flux2", "chroma", "radiance", "hunyuan_video", "hunyuan_image", "sd3", "aura", "qwen",
     "mage", "lumina2", "zimage", "krea2", "omnigen2", "boogu", "cogvideox", "ideogram4", "pixeldit",
+    "longcat", "qwen_no_noise", "krea2_no_noise", "zimage_omni", "pid",
 }  # fmt: skip
 
 
@@ -68,7 +86,7 @@ def block_modules(model, kind):
     """Return the blocks of a tiny model in forward order."""
     modules = []
     for name in (JOINT | FIRST)[kind]:
-        blocks = getattr(model.model.diffusion_model, name)
+        blocks = operator.attrgetter(name)(model.model.diffusion_model)
         modules.extend(blocks.values() if isinstance(blocks, torch.nn.ModuleDict) else blocks)
     return modules
 
@@ -78,7 +96,7 @@ def selector(model, kind, numbers):
     lists = (JOINT | FIRST)[kind]
     if len(lists) == 1:
         return ",".join(map(str, numbers))
-    parts = ("patch", "pixel") if kind == "pixeldit" else ("double", "single")
+    parts = ("patch", "pixel") if kind in PIXELS else ("double", "single")
     first = len(getattr(model.model.diffusion_model, lists[0]))
     return ",".join(f"{parts[0]}.{n}" if n < first else f"{parts[1]}.{n - first}" for n in numbers)
 
@@ -295,11 +313,12 @@ class DenseGuidance:
         if mask is not None:
             logits = logits + _additive(mask, logits)
         out = torch.einsum("bhqk,bhkd->bhqd", torch.softmax(logits, dim=-1), value)
+        own_values = value[:, :, value.shape[2] - out.shape[2] :]  # text may have no queries
         if self.zero:
             out[:, :, rows] = 0.0
         elif self.blur is None:
             for head in chosen:
-                mixed = torch.lerp(out[:, head, rows], value[:, head, rows], self.strength)
+                mixed = torch.lerp(out[:, head, rows], own_values[:, head, rows], self.strength)
                 out[:, head, rows] = mixed
         return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 

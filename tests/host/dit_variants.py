@@ -1,0 +1,162 @@
+"""Tiny networks and conditionings of models that share a family's row, or pack several media."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy.ops
+import torch
+from host_models import noise_like
+
+IMAGE_COMES = 151673
+"""The last text token of HiDream-O1, in whose place the timestep stands."""
+
+LTX_2 = {
+    "in_channels": 128, "cross_attention_dim": 32, "attention_head_dim": 16,
+    "num_attention_heads": 2, "caption_channels": 24, "num_layers": 4,
+    "audio_cross_attention_dim": 16, "audio_attention_head_dim": 8, "audio_num_attention_heads": 2,
+    "connector_attention_head_dim": 8, "connector_num_attention_heads": 3,
+    "connector_num_layers": 1,
+}  # fmt: skip
+LTX_2_3 = LTX_2 | {
+    "cross_attention_adaln": True, "apply_gated_attention": True,
+    "caption_proj_before_connector": True,
+}  # fmt: skip
+HIDREAM_O1 = {
+    "text_config_overrides": {
+        "vocab_size": IMAGE_COMES + 1, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 16, "rope_dims": [4, 2, 2],
+    },
+    "vision_config_overrides": {
+        "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "depth": 1,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": (),
+    },
+}  # fmt: skip
+LONGCAT = {"guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]}
+PID = {
+    "lq_latent_channels": 4, "lq_hidden_dim": 8, "lq_num_res_blocks": 1, "pit_lq_inject": True,
+    "rope_ref_h": 64, "rope_ref_w": 64,
+}  # fmt: skip
+WAN_HUMO = {"model_type": "humo", "in_dim": 36}
+WAN_S2V = {"model_type": "s2v", "audio_dim": 16, "audio_inject_layers": [0, 2]}
+WAN_ANIMATE = {"model_type": "animate", "in_dim": 36, "num_layers": 5, "motion_encoder_dim": 16}
+WAN_DANCER = {
+    "model_type": "wandancer", "in_dim": 36, "audio_inject_layers": [0, 2], "music_dim": 32,
+    "music_heads": 2, "music_latent_dim": 32,
+}  # fmt: skip
+OMNI = {"siglip_feat_dim": 12}
+NO_NOISE = {"default_ref_method": "index_timestep_zero"}
+
+
+def text_ids(shape, seed):
+    """Return a prompt of HiDream-O1, whose first three tokens stand before reference images."""
+    del shape
+    words = [100 * seed + n for n in range(6)]
+    return torch.tensor([[*words, IMAGE_COMES]])
+
+
+def picture(shape):
+    """Return a picture as HiDream-O1 takes it, of another shape than the one that is made."""
+    del shape
+    return [noise_like((1, 64, 96, 3), 55).sigmoid()]
+
+
+def low_quality(shape):
+    """Return the latent that PiD decodes, of half the cells of its tokens."""
+    return noise_like((1, 4, -(-shape[-2] // 32), -(-shape[-1] // 32)), 56)
+
+
+def first_frame(shape):
+    """Return a reference of HuMo and S2V, which keeps its frames."""
+    return [noise_like((1, shape[1], 1, *shape[-2:]), 53)]
+
+
+def speech(shape):
+    """Return what HuMo hears: windows of features for each frame."""
+    return noise_like((1, shape[2], 8, 5, 16), 57)
+
+
+def voice(shape):
+    """Return what S2V hears: features of several layers, four times for each frame."""
+    return noise_like((1, 25, 16, 4 * shape[2]), 58)
+
+
+def motion(shape):
+    """Return the past frames of S2V, which it packs into fewer tokens."""
+    return noise_like((1, shape[1], 3, 8, 8), 59)
+
+
+def music(shape):
+    """Return what WanDancer hears; it takes grids of a multiple of eight tokens."""
+    del shape
+    return noise_like((1, 40, 35), 60)
+
+
+def pose(shape):
+    """Return the poses that Animate follows from the second frame on."""
+    return noise_like((1, shape[1], max(shape[2] - 1, 1), *shape[-2:]), 61)
+
+
+def pose_of_scail(shape):
+    """Return the poses of all frames for SCAIL, which stand behind the video."""
+    return noise_like((1, *shape[1:]), 71)
+
+
+def face(shape):
+    """Return the video of a face for Animate; four pictures for each latent frame but the first."""
+    return noise_like((1, 3, 4 * max(shape[2] - 1, 1), 8, 8), 62)
+
+
+def identities(shape, references=0):
+    """Return masks of who is who for SCAIL-2, of reference frames first."""
+    return noise_like((1, references + shape[2], 28, *shape[-2:]), 70).sigmoid()
+
+
+def streams(shape):
+    """Return a picture and a clip in context, as Bernini takes them."""
+    return [noise_like((1, shape[1], 1, 8, 4), 63), noise_like((1, *shape[1:]), 64)]
+
+
+def captions(shape):
+    """Return one prompt for each reference image of Z-Image Omni."""
+    del shape
+    return [noise_like((1, 5, 24), 65), noise_like((1, 6, 24), 66)]
+
+
+def seen(shape):
+    """Return what a vision model sees of each reference image of Z-Image Omni: 2x3 patches."""
+    del shape
+    states = [noise_like((1, 6, 12), seed) for seed in (68, 69)]
+    return [SimpleNamespace(image_sizes=[(3, 32, 48)], last_hidden_state=one) for one in states]
+
+
+class Motion(torch.nn.Module):
+    """Stands for Animate's motion encoder, whose size is fixed."""
+
+    def get_motion(self, pictures):
+        """Return `(pictures, 16)`."""
+        return pictures.mean(dim=1).flatten(1)[:, :16]
+
+
+class Faces(torch.nn.Module):
+    """Stands for Animate's face encoder: `(batch, pictures, 16)` -> `(batch, frames, 5, dim)`."""
+
+    def __init__(self, dim, dtype):
+        super().__init__()
+        self.out = torch.nn.Linear(16, dim, dtype=dtype)
+
+    def forward(self, motion):
+        """Return tokens of every fourth picture."""
+        return self.out(motion[:, ::4])[:, :, None].repeat(1, 1, 5, 1)
+
+
+def shrink(network):
+    """Exchange the parts of a network that cannot be had small."""
+    if hasattr(network, "face_encoder"):
+        network.motion_encoder, network.face_encoder = Motion(), Faces(network.dim, network.dtype)
+    if hasattr(network, "audio_proj"):
+        network.audio_proj = type(network.audio_proj)(
+            seq_len=8, blocks=5, channels=16, intermediate_dim=32, output_dim=1536,
+            context_tokens=16, dtype=network.dtype, operations=comfy.ops.disable_weight_init,
+        )  # fmt: skip
