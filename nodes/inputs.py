@@ -1,206 +1,171 @@
-"""Inputs that several nodes have in common; each tooltip gives meaning, unit and neutral value."""
+"""Inputs that nodes share; each tooltip gives meaning, unit and neutral value.
+
+A schema lists its inputs in the order of the node's widgets. Workflows store widgets by position,
+so a new input goes last, and none is ever renamed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 from comfy_api.latest import io
 
-from ..seg_core import RESCALE_MODES, Window
-from .host import BlockPerturbation, Branch, InputBlur, RescaleMode, Side, guided
+from ..seg_core import KERNELS, RESCALE_MODES
+
+CATEGORY = "model/patch/guidance"
+
+
+def number(
+    name: str,
+    default: float,
+    tooltip: str,
+    *,
+    most: float = 1.0,
+    step: float = 0.01,
+    advanced: bool = False,
+) -> io.Input:
+    """Return a number from 0 to `most`, in steps of `step`."""
+    return io.Float.Input(
+        name,
+        default=default,
+        min=0.0,
+        max=most,
+        step=step,
+        round=0.001,
+        optional=advanced,
+        advanced=advanced,
+        tooltip=tooltip,
+    )
+
+
+def choice(name: str, options: Iterable[str], tooltip: str) -> io.Input:
+    """Return an advanced choice; the first option is the default."""
+    listed = list(options)
+    return io.Combo.Input(
+        name, options=listed, default=listed[0], optional=True, advanced=True, tooltip=tooltip
+    )
+
+
+def text(name: str, default: str, tooltip: str, *, advanced: bool = True) -> io.Input:
+    """Return a line of text."""
+    return io.String.Input(
+        name, default=default, optional=advanced, advanced=advanced, tooltip=tooltip
+    )
 
 
 def model() -> io.Input:
-    """Return the model input."""
+    """Return the model to guide."""
     return io.Model.Input(
         "model",
         tooltip="The model to guide. If its self-attention cannot be reached, an error says why.",
     )
 
 
-def scale(default: float, meaning: str) -> io.Input:
-    """Return the weight of the guidance."""
-    return io.Float.Input(
-        "scale",
-        default=default,
-        min=0.0,
-        max=100.0,
-        step=0.1,
-        round=0.001,
-        tooltip=f"{meaning} 0 = off, at no cost.",
-    )
+def scale(default: float, worse: str, note: str = "") -> io.Input:
+    """Return the weight of the guidance, which moves away from a worse prediction."""
+    meaning = f"How strongly to move away from the {worse}.{note} 0 = off, at no cost."
+    return number("scale", default, meaning, most=100.0, step=0.1)
 
 
 def window(start: float = 0.0, end: float = 1.0) -> list[io.Input]:
     """Return the two ends of the active part of sampling."""
     return [
-        _share(
+        number(
             "start_percent",
             start,
-            "Where guidance begins, as a share of sampling. Later keeps the composition. "
-            "0 = from the first step.",
+            "Where guidance begins, as a fraction of sampling. A later start keeps more of the "
+            "composition. 0 = from the first step.",
         ),
-        _share(
+        number(
             "end_percent",
             end,
-            "Where guidance ends, as a share of sampling. Steps after it cost nothing. "
-            "1 = to the last step.",
+            "Where guidance ends, as a fraction of sampling. Later steps cost nothing extra. 1 = "
+            "to the last step.",
         ),
     ]
 
 
-def blocks(meaning: str, *, heads: bool = False) -> io.Input:
-    """Return the block selector, of whole blocks or also of heads in them."""
-    some = " A colon and heads take those alone: m0.3:h2,5 or 7:h0-3." if heads else ""
-    return io.String.Input(
+def blocks(
+    meaning: str,
+    auto: str = "the middle block of a UNet, a middle range of a transformer",
+    *,
+    heads: bool = False,
+) -> io.Input:
+    """Return the selector of whole blocks or, with `heads`, also of single heads in them."""
+    some = " Add a colon and heads to select only those: m0.3:h2,5 or 7:h0-3." if heads else ""
+    return text(
         "blocks",
-        default="auto",
-        optional=True,
-        advanced=True,
-        tooltip=f"{meaning} Or a comma list: middle, input, output, d4, m0, u2, d4-5, u0.2, "
-        f"d2.2-9.{some} A block that does not exist is an error that lists what does.",
+        "auto",
+        f"{meaning} auto = {auto}. Or a comma-separated list: middle, input, output, d4, m0, u2, "
+        f"d4-5, u0.2, d2.2-9.{some} A block that does not exist is an error that lists the valid "
+        "names.",
     )
 
 
-def branch(options: dict[str, str]) -> io.Input:
-    """Return which prediction is perturbed; the first option is the default."""
-    return io.Combo.Input(
+def branch(
+    conditional: str,
+    unconditional: str = "the prediction for the negative prompt.",
+    *,
+    free: bool = True,
+) -> io.Input:
+    """Return which prediction is perturbed; the arguments say what each choice stands for."""
+    options = {"conditional": conditional, "unconditional": unconditional}
+    if free:
+        options["free"] = (
+            "another method: the unconditional prediction itself is perturbed, so there is no "
+            "extra pass. It needs cfg above 1, and a lower cfg than usual."
+        )
+    return choice(
         "branch",
-        options=list(options),
-        default=next(iter(options)),
-        optional=True,
-        advanced=True,
-        tooltip="Which prediction to perturb. "
+        options,
+        "Which prediction to perturb. "
         + " ".join(f"{name} = {meaning}" for name, meaning in options.items()),
     )
 
 
-def perturbing(
-    prediction: str,
-    selector: io.Input,
-    *own: io.Input,
-    does: str,
-    usual: str = "as in the released code.",
-    active: tuple[float, float] = (0.0, 1.0),
-) -> list[io.Input]:
-    """Return the inputs of a node that perturbs blocks.
-
-    Args:
-        prediction: what it moves away from.
-        selector: the input of the blocks.
-        own: inputs that no other node has.
-        does: what the node does to a prediction, as a verb.
-        usual: where the branch ``conditional`` comes from.
-        active: the window at first.
-    """
-    return [
-        model(),
-        scale(3.0, f"How strongly to move away from the {prediction}."),
-        *window(*active),
-        selector,
-        *own,
-        branch(
-            {
-                "conditional": usual,
-                "unconditional": "the prediction for the negative prompt.",
-                "free": f"another method: {does} the unconditional prediction itself, so no extra "
-                "pass; it needs cfg above 1, and a lower cfg than usual.",
-            }
-        ),
-        *rescale(),
-        reuse(),
-    ]
-
-
 def rescale() -> list[io.Input]:
-    """Return the pull against oversaturation."""
+    """Return the correction of oversaturation."""
     return [
-        _share(
+        number(
             "rescale",
             0.0,
             "How far to pull the contrast of each image back to that of the unguided prediction, "
             "against oversaturation. 0 = not at all.",
             advanced=True,
         ),
-        io.Combo.Input(
+        choice(
             "rescale_mode",
-            options=list(RESCALE_MODES),
-            default="full",
-            optional=True,
-            advanced=True,
-            tooltip="What rescale measures. full = the result with cfg. partial = the prediction "
-            "with this guidance alone. snf = instead of rescaling, take in each place the stronger "
-            "of cfg and this guidance. Neutral while rescale is 0: full and partial.",
+            RESCALE_MODES,
+            "What rescale measures. full = the result with cfg. partial = the prediction with this "
+            "guidance alone. snf = instead of rescaling, keep at each position the stronger of cfg "
+            "and this guidance. full and partial do nothing while rescale is 0.",
         ),
     ]
 
 
+def kernel(meanings: str) -> io.Input:
+    """Return the shape of the blur."""
+    return choice("kernel", KERNELS, f"How blur_sigma is applied. {meanings}")
+
+
 def reuse() -> io.Input:
-    """Return the switch between one call and whole passes."""
+    """Return the switch between joined and separate predictions."""
     return io.Boolean.Input(
         "reuse",
         default=True,
         optional=True,
         advanced=True,
-        tooltip="Make the extra prediction in the same call of the model as the plain one. They "
-        "are equal before the first changed block: that is computed once, and each weight is read "
-        "once. The result is the same up to rounding. Off = a whole extra pass.",
+        tooltip="Compute the extra prediction in the same model call as the ordinary ones. "
+        "Everything before the first changed block is computed once, and each weight is read once. "
+        "The result is the same up to rounding. Off = a full extra pass.",
     )
+
+
+def extra_prediction(conditional: str) -> list[io.Input]:
+    """Return the last inputs of PAG, TPG and SLG: how the extra prediction is made and used."""
+    return [branch(conditional), *rescale(), reuse()]
 
 
 def guided_model() -> io.Output:
     """Return the model output."""
-    return io.Model.Output(tooltip="The model, guided. The model that came in is unchanged.")
-
-
-def guided_by(
-    model: Any,
-    perturbation: BlockPerturbation | InputBlur,
-    strength: tuple[float, float, float],
-    no_effect: str = "",
-    *,
-    branch: Side = "conditional",
-    rescale: float = 0.0,
-    rescale_mode: RescaleMode = "full",
-    reuse: bool = True,
-) -> io.NodeOutput:
-    """Return a guided clone of a model; without effect, a plain clone and a warning.
-
-    Args:
-        model: the model.
-        perturbation: what makes a prediction worse.
-        strength: the weight of the guidance, and the window in which it acts.
-        no_effect: why it does nothing, if that is so.
-        branch: see `branch`.
-        rescale: see `rescale`.
-        rescale_mode: see `rescale`.
-        reuse: see `reuse`.
-
-    Raises:
-        ValueError: if a setting is out of its range.
-    """
-    scale, start_percent, end_percent = strength
-    guidance = Branch(
-        perturbation,
-        scale=scale,
-        window=Window(start_percent, end_percent),
-        side=branch,
-        rescale=rescale,
-        rescale_mode=rescale_mode,
-        reuse=reuse,
-    )
-    return io.NodeOutput(guided(model, guidance, no_effect))
-
-
-def _share(name: str, default: float, tooltip: str, *, advanced: bool = False) -> io.Input:
-    return io.Float.Input(
-        name,
-        default=default,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        round=0.001,
-        optional=advanced,
-        advanced=advanced,
-        tooltip=tooltip,
-    )
+    return io.Model.Output(tooltip="The guided model. The model that came in is not changed.")

@@ -1,4 +1,4 @@
-"""Perturbed-Attention Guidance (PAG): the node's schema, and from its widgets to a guided model."""
+"""Perturbed-Attention Guidance (PAG)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from comfy_api.latest import io
 
 from ..seg_core import identity_attention
 from . import inputs
-from .host import ChangeOutput, network_of
-
-LABEL = "Perturbed-Attention Guidance"
+from .guidance_node import GuidanceNode
+from .host import ChangeOutput
 
 
 @dataclass(frozen=True)
 class SeeItself:
-    """Each token's attention is drawn towards itself; see `identity_attention`."""
+    """Attention maps are drawn towards the identity; see `identity_attention`.
+
+    Attributes:
+        strength: 0 leaves the map as it is; at 1 each token sees itself alone.
+
+    Raises:
+        ValueError: if the strength is not between 0 and 1.
+    """
 
     strength: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength must be between 0 and 1, got {self.strength}")
 
     @property
     def needs_map(self) -> bool:
@@ -31,20 +41,37 @@ class SeeItself:
         return identity_attention(out, value, self.strength)
 
 
-class SEGuidancePAG(io.ComfyNode):
+INPUTS = [
+    inputs.model(),
+    inputs.scale(3.0, "perturbed prediction"),
+    *inputs.window(),
+    inputs.blocks("Which self-attention blocks to perturb.", heads=True),
+    inputs.number(
+        "strength",
+        1.0,
+        "How far to draw the attention maps to the identity (SoftPAG). 1 = PAG. 0 = no effect.",
+        step=0.05,
+        advanced=True,
+    ),
+    *inputs.extra_prediction("as in the released code."),
+]
+
+
+class SEGuidancePAG(GuidanceNode, io.ComfyNode):
     """Guides sampling away from a prediction in which tokens attend to themselves alone."""
+
+    LABEL = "Perturbed-Attention Guidance"
+    NEUTRAL = "strength"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Declare the inputs; workflows store widgets by position, so new ones go last."""
+        """Declare the node."""
         return io.Schema(
             node_id="SEGuidancePAG",
             display_name="Perturbed-Attention Guidance (PAG)",
-            category="model/patch/guidance",
-            description=(
-                "Makes structures more coherent. Each step predicts once more with chosen "
-                "self-attention maps replaced by the identity and moves away from that prediction."
-            ),
+            category=inputs.CATEGORY,
+            description="Makes structures more coherent. Each step predicts once more with "
+            "selected self-attention maps replaced by the identity and moves away from it.",
             search_aliases=[
                 "PAG",
                 "SoftPAG",
@@ -53,46 +80,11 @@ class SEGuidancePAG(io.ComfyNode):
                 "identity attention",
                 "HeadHunter",
             ],
-            inputs=inputs.perturbing(
-                "perturbed prediction",
-                inputs.blocks(
-                    "Which self-attention blocks to perturb. auto = the middle block of a UNet, a "
-                    "middle range of a transformer.",
-                    heads=True,
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    round=0.001,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How far to draw the attention maps to the identity (SoftPAG). "
-                    "1 = PAG. 0 = not at all, so no effect.",
-                ),
-                does="perturbs",
-            ),
+            inputs=INPUTS,
             outputs=[inputs.guided_model()],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        scale: float,
-        start_percent: float,
-        end_percent: float,
-        blocks: str = "auto",
-        strength: float = 1.0,
-        **settings: Any,
-    ) -> io.NodeOutput:
-        """Return a guided clone of the model; without effect, a plain clone and a warning."""
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be between 0 and 1, got {strength}")
-        change = ChangeOutput(SeeItself(strength))
-        perturbation = network_of(model, LABEL).perturbation(LABEL, blocks, change)
-        no_effect = "strength is 0." if strength == 0 else ""
-        window = (scale, start_percent, end_percent)
-        return inputs.guided_by(model, perturbation, window, no_effect, **settings)
+    def change(cls, *, strength: float, **_: Any) -> ChangeOutput:
+        """Return the change of attention in the selected blocks."""
+        return ChangeOutput(SeeItself(strength))

@@ -1,4 +1,4 @@
-"""Looking at a run: a probe on the model, and a report of what it saw."""
+"""Observing a run: a probe on the model, and a report of what it recorded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
+from . import inputs
 from .host import watch
 from .host.probe.probe import Probe
 from .host.show.progress import tell_node
@@ -21,21 +22,19 @@ class SEGuidanceProbe(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Declare the inputs; workflows store widgets by position, so new ones go last."""
+        """Declare the node."""
         return io.Schema(
             node_id="SEGuidanceProbe",
             display_name="SEG Probe",
-            category="model/patch/guidance",
-            description=(
-                "Records while sampling what guidance does in each step: its size, its direction, "
-                "its passes, and what the blur does to attention. Read it with SEG Report."
-            ),
+            category=inputs.CATEGORY,
+            description="Records at each sampling step what guidance does: its size, direction and "
+            "model passes, and what the blur does to attention. Read it with SEG Report.",
             search_aliases=["SEG debug", "guidance probe", "attention energy", "record sampling"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model to watch: put the probe anywhere between the guidance "
-                    "nodes and the sampler.",
+                    tooltip="The model to watch: put the probe anywhere between the guidance nodes "
+                    "and the sampler.",
                 )
             ],
             outputs=[
@@ -44,11 +43,7 @@ class SEGuidanceProbe(io.ComfyNode):
                     display_name="model",
                     tooltip="The same model, watched. Connect it to the sampler.",
                 ),
-                ProbeType.Output(
-                    "probe",
-                    display_name="probe",
-                    tooltip="What is recorded. Connect it to SEG Report.",
-                ),
+                ProbeType.Output("probe", tooltip="The recording. Connect it to SEG Report."),
             ],
         )
 
@@ -64,49 +59,45 @@ class SEGuidanceReport(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Declare the inputs; workflows store widgets by position, so new ones go last."""
+        """Declare the node."""
         return io.Schema(
             node_id="SEGuidanceReport",
             display_name="SEG Report",
-            category="model/patch/guidance",
-            description=(
-                "Answers whether guidance does anything, what and when: plots over the steps, heat "
-                "maps of where it acted, and five lines in words."
-            ),
+            category=inputs.CATEGORY,
+            description="Answers whether guidance does anything, what and when: plots over the "
+            "steps, heat maps of where it acted, and a summary in five lines.",
             search_aliases=["SEG plot", "guidance heat map", "attention energy", "guidance report"],
             is_output_node=True,
             inputs=[
                 ProbeType.Input("probe", tooltip="From SEG Probe."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="From the sampler that used the watched model: the report waits for it "
-                    "and picks the run that made it.",
+                    tooltip="From the sampler that used the watched model. The report waits for it "
+                    "and picks the run that produced it.",
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The decoded image, to lay the heat maps over. Without it they stand "
-                    "alone.",
+                    tooltip="The decoded image, to lay the heat maps over. Without it they are "
+                    "shown alone.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
                     "plots",
-                    display_name="plots",
-                    tooltip="Guidance, variance and "
-                    "log-sum-exp of the attention logits, and time, over the steps.",
+                    tooltip="Over the steps: size of the guidance, variance and log-sum-exp of the "
+                    "attention logits, and time.",
                 ),
                 io.Image.Output(
                     "heat_maps",
                     display_name="heat maps",
-                    tooltip="Where guidance "
-                    "acted: for each image over all guided steps, then over each third of them.",
+                    tooltip="Where guidance acted: for each image, over all guided steps and over "
+                    "each third of them.",
                 ),
                 io.String.Output(
                     "summary",
-                    display_name="summary",
-                    tooltip="Five lines: what "
-                    "ran, how hard it pushed, what the blur did, passes, time and warnings.",
+                    tooltip="Five lines: what ran, how strong it was, what the blur did, model "
+                    "passes, and time with warnings.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -114,8 +105,9 @@ class SEGuidanceReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, probe: Probe, latent: dict[str, Any], image: Any = None) -> io.NodeOutput:
-        """Return plots, heat maps and words on the run that made a latent."""
-        from .report_plots import heat_maps, plots, require_matplotlib
+        """Return plots, heat maps and a summary of the run that produced a latent."""
+        from .report_maps import heat_maps
+        from .report_plots import plots, require_matplotlib
         from .report_text import summary
 
         require_matplotlib()
@@ -129,8 +121,5 @@ class SEGuidanceReport(io.ComfyNode):
         log.info("SEG Report\n%s", words)
         tell_node(words, getattr(cls.hidden, "unique_id", None))
         drawn = plots(record)
-        shown = {
-            **ui.PreviewImage(drawn, cls=cls).as_dict(),
-            **ui.PreviewText(words).as_dict(),
-        }
+        shown = {**ui.PreviewImage(drawn, cls=cls).as_dict(), **ui.PreviewText(words).as_dict()}
         return io.NodeOutput(drawn, heat_maps(record, image), words, ui=shown)

@@ -1,56 +1,39 @@
-"""A recorded run in five lines that a person understands."""
+"""A recorded run summed up in five lines."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
-from .host.probe.probe import BlockRecord, BranchRecord, Measures, Record, StepRecord
-
-LINES = 5
+from .host.probe.probe import BranchRecord, Measures, Record, StepRecord
 
 
 def summary(record: Record, runs: int, made_it: bool) -> str:
-    """Return what ran, what it did, what the blur did, how its predictions were made, and the time.
+    """Return what ran, its effect, what the blur did, how its predictions were made, and the time.
 
     Args:
         record: the run.
         runs: how many runs the probe has seen.
-        made_it: the run made the latent that the report is given.
+        made_it: the run made the latent that the report was given.
     """
-    parts = [_of_branch(record, index) for index in range(len(record.branches))]
-    lines = [
-        _what(record, runs, made_it),
-        _joined(_effect(part) for part in parts) or "Nothing was added to the prediction.",
-        _joined(_blur(part) for part in parts) or "No attention was blurred.",
-        _passes([each for part in parts for each in part]),
-        _time(record),
-    ]
-    assert len(lines) == LINES
-    return "\n".join(lines)
-
-
-def _of_branch(record: Record, index: int) -> list[BranchRecord]:
-    return [step.branches[index] for step in record.steps if index in step.branches]
-
-
-def _joined(lines: Iterable[str]) -> str:
-    return " Then: ".join(line for line in lines if line)
-
-
-def _what(record: Record, runs: int, made_it: bool) -> str:
+    guided = [(b, list(record.guided_by(i).values())) for i, b in enumerate(record.branches)]
+    effects = [_effect(b.perturbation.label, steps) for b, steps in guided if steps]
+    blurs = [_blur(b.perturbation.where, steps) for b, steps in guided]
     which = "which made this latent" if made_it else "the last one; it did not make this latent"
-    begin = f"Run {record.number} of {runs}, {which}: {len(record.steps)} steps"
-    if not record.branches:
-        return f"{begin}. No guidance of this pack is on the model."
-    each = "; ".join(
-        f"{_described(branch)}, {len(_of_branch(record, index))} steps guided"
-        for index, branch in enumerate(record.branches)
+    methods = "; ".join(f"{_described(b)}, {len(steps)} steps guided" for b, steps in guided)
+    lines = (
+        f"Run {record.number} of {runs}, {which}: {len(record.steps)} steps. "
+        f"{methods or 'No guidance of this pack is on the model'}.",
+        " ".join(effects) or "Nothing was added to the prediction.",
+        " ".join(filter(None, blurs)) or "No attention was blurred.",
+        _passes(record),
+        f"{_time(record)}. "
+        + (f"Warning: {' '.join(record.warnings)}" if record.warnings else "No warnings."),
     )
-    return f"{begin}. {each}."
+    return "\n".join(lines)
 
 
 def _described(branch: Any) -> str:
@@ -62,77 +45,67 @@ def _described(branch: Any) -> str:
     return f"{perturbation.label}, {perturbation.where}, scale {branch.scale:g}{blur}"
 
 
-def _effect(steps: list[BranchRecord]) -> str:
-    if not steps:
-        return ""
-    share = mean(step.against_prediction for step in steps)
-    begin = f"It moved the prediction by {_percent(share)} on average"
-    against = [step.against_cfg for step in steps if step.against_cfg is not None]
-    if not against:
+def _effect(label: str, steps: Sequence[BranchRecord]) -> str:
+    moved = _percent(mean(step.share(step.guidance) for step in steps))
+    begin = f"{label} moved the prediction by {moved} on average"
+    beside_cfg = [step for step in steps if step.cfg > 0]
+    if not beside_cfg:
         return f"{begin}; there was no cfg to compare with (cfg 1)."
-    cosine = mean(step.cosine for step in steps if step.cosine is not None)
-    return (
-        f"{begin}: {mean(against):.2f} times the push of cfg, and {_direction(cosine)} it "
-        f"(cosine {cosine:+.2f})."
-    )
+    times = mean(step.guidance / step.cfg for step in beside_cfg)
+    cosine = mean(step.cosine for step in beside_cfg)
+    direction = "in the same direction as" if cosine > 0 else "against"
+    if abs(cosine) <= 0.3:
+        direction = "mostly independent of"
+    return f"{begin}: {times:.2f} times the push of cfg, {direction} it (cosine {cosine:+.2f})."
 
 
-def _direction(cosine: float) -> str:
-    if cosine > 0.3:
-        return "in the same direction as"
-    return "against" if cosine < -0.3 else "mostly independent of"
-
-
-def _blur(steps: list[BranchRecord]) -> str:
+def _blur(where: str, steps: Sequence[BranchRecord]) -> str:
     blocks = [block for step in steps for block in step.blocks.values()]
     if not blocks:
         return ""
-    plain, blurred = (average(blocks, which) for which in ("plain", "blurred"))
+    plain = _average([block.plain for block in blocks])
+    blurred = _average([block.blurred for block in blocks])
     return (
-        f"The blur left {_share(blurred.variance, plain.variance)} of the attention logits' "
-        f"variance and {_share(blurred.curvature, plain.curvature)} of the energy's curvature, "
-        f"and changed the log-sum-exp from {plain.logsumexp:.2f} to {blurred.logsumexp:.2f}."
+        f"Blurring {where} left {_share(blurred.variance, plain.variance)} of the variance of the "
+        f"attention logits and {_share(blurred.curvature, plain.curvature)} of the energy's "
+        f"curvature, and changed the log-sum-exp from {plain.logsumexp:.2f} to "
+        f"{blurred.logsumexp:.2f}."
     )
 
 
-def average(blocks: Iterable[BlockRecord], which: str) -> Measures:
-    """Return the mean of the measures of some blocks, `plain` or `blurred`."""
-    found = [getattr(block, which) for block in blocks]
-    return Measures(
-        *(mean(getattr(m, name) for m in found) for name in Measures.__dataclass_fields__)
-    )
+def _average(measures: Sequence[Measures]) -> Measures:
+    return Measures(*map(mean, zip(*measures, strict=True)))
 
 
-def _passes(steps: list[BranchRecord]) -> str:
-    shared = sum(step.shared for step in steps)
-    why: Counter[str] = Counter()
-    for step in steps:
-        why.update(step.full)
-    full = sum(why.values())
-    if not shared and not full:
+def _passes(record: Record) -> str:
+    joined, separate = predictions(record)
+    total = joined + separate.total()
+    if not total:
         return "No extra prediction of the model."
-    reasons = "; ".join(f"{n} because {reason}" for reason, n in why.items() if reason)
+    reasons = "; ".join(f"{n} because {reason}" for reason, n in separate.items() if reason)
     return (
-        f"Extra predictions: {shared + full}. {shared} made in the plain call of the model, {full} "
-        "in whole passes" + (f" ({reasons})." if reasons else ".")
+        f"Extra predictions: {total}, of which {joined} in the same model call as the ordinary "
+        f"ones and {separate.total()} in passes of their own{reasons and f' ({reasons})'}."
     )
+
+
+def predictions(record: Record) -> tuple[int, Counter[str]]:
+    """Return how many extra predictions joined the ordinary calls, and the others by reason."""
+    branches = [branch for step in record.steps for branch in step.branches.values()]
+    separate: Counter[str] = Counter()
+    for branch in branches:
+        separate.update(branch.whole)
+    return sum(branch.joined for branch in branches), separate
 
 
 def _time(record: Record) -> str:
     guided, plain = times(record)
-    said = "Nothing to warn of."
-    if record.warnings:
-        said = "Warning: " + " ".join(record.warnings)
     if guided is None:
-        return f"A step took {_milliseconds(plain or 0.0)}. {said}"
+        return f"A step took {_milliseconds(plain or 0.0)}"
+    took = f"A guided step took {_milliseconds(guided)}"
     if plain is None:
-        return (
-            f"A guided step took {_milliseconds(guided)}; no other step to compare it with. {said}"
-        )
-    return (
-        f"A guided step took {_milliseconds(guided)}, a step without guidance "
-        f"{_milliseconds(plain)} ({guided / plain:.2f} times). {said}"
-    )
+        return f"{took}; there is no other step to compare it with"
+    return f"{took}, a step without guidance {_milliseconds(plain)} ({guided / plain:.2f} times)"
 
 
 def times(record: Record) -> tuple[float | None, float | None]:
@@ -140,13 +113,11 @@ def times(record: Record) -> tuple[float | None, float | None]:
 
     The first step of a run is left out if its kind has others: it may load and prepare things.
     """
-    first = record.steps[:1]
 
-    def typical(steps: list[StepRecord]) -> float | None:
-        found = [step.milliseconds for step in steps]
-        if len(found) > 1 and steps[0] in first:
-            found = found[1:]
-        return median(found) if found else None
+    def typical(steps: Sequence[StepRecord]) -> float | None:
+        if len(steps) > 1 and steps[0] is record.steps[0]:
+            steps = steps[1:]
+        return median(step.milliseconds for step in steps) if steps else None
 
     guided = [step for step in record.steps if step.branches]
     return typical(guided), typical([step for step in record.steps if not step.branches])

@@ -1,4 +1,4 @@
-"""Token Perturbation Guidance (TPG): the node's schema, and from its widgets to a guided model."""
+"""Token Perturbation Guidance (TPG)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from comfy_api.latest import io
 
 from ..seg_core import shuffle_tokens, token_permutation
 from . import inputs
-from .host import ChangeTokens, network_of
-
-LABEL = "Token Perturbation Guidance"
+from .guidance_node import GuidanceNode
+from .host import ChangeTokens
 
 
 def shuffled(tokens: torch.Tensor, seed: int, step: int, layer: int) -> torch.Tensor:
@@ -19,20 +18,33 @@ def shuffled(tokens: torch.Tensor, seed: int, step: int, layer: int) -> torch.Te
     return shuffle_tokens(tokens, token_permutation(tokens.shape[1], seed, step, layer))
 
 
-class SEGuidanceTPG(io.ComfyNode):
-    """Guides sampling away from a prediction in which tokens enter chosen blocks shuffled."""
+INPUTS = [
+    inputs.model(),
+    inputs.scale(3.0, "shuffled prediction"),
+    *inputs.window(),
+    inputs.blocks(
+        "Which blocks get their input tokens shuffled.",
+        "the encoder of a UNet without its first quarter, as in the paper; a middle range of a "
+        "transformer (experimental)",
+    ),
+    *inputs.extra_prediction("as in the released code."),
+]
+
+
+class SEGuidanceTPG(GuidanceNode, io.ComfyNode):
+    """Guides sampling away from a prediction in which tokens enter selected blocks shuffled."""
+
+    LABEL = "Token Perturbation Guidance"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Declare the inputs; workflows store widgets by position, so new ones go last."""
+        """Declare the node."""
         return io.Schema(
             node_id="SEGuidanceTPG",
             display_name="Token Perturbation Guidance (TPG)",
-            category="model/patch/guidance",
-            description=(
-                "Improves images with or without a prompt. Each step predicts once more with the "
-                "tokens that enter chosen blocks shuffled and moves away from that prediction."
-            ),
+            category=inputs.CATEGORY,
+            description="Improves images with or without a prompt. Each step predicts once more "
+            "with the input tokens of selected blocks shuffled and moves away from it.",
             search_aliases=[
                 "TPG",
                 "token perturbation guidance",
@@ -40,29 +52,11 @@ class SEGuidanceTPG(io.ComfyNode):
                 "token shuffle",
                 "shuffle tokens",
             ],
-            inputs=inputs.perturbing(
-                "shuffled prediction",
-                inputs.blocks(
-                    "Which blocks the tokens enter shuffled. auto = the encoder of a UNet without "
-                    "its first quarter, as in the paper; a middle range of a transformer "
-                    "(experimental)."
-                ),
-                does="shuffles",
-            ),
+            inputs=INPUTS,
             outputs=[inputs.guided_model()],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        scale: float,
-        start_percent: float,
-        end_percent: float,
-        blocks: str = "auto",
-        **settings: Any,
-    ) -> io.NodeOutput:
-        """Return a guided clone of the model; without effect, a plain clone and a warning."""
-        perturbation = network_of(model, LABEL).perturbation(LABEL, blocks, ChangeTokens(shuffled))
-        window = (scale, start_percent, end_percent)
-        return inputs.guided_by(model, perturbation, window, **settings)
+    def change(cls, **_: Any) -> ChangeTokens:
+        """Return the change of the tokens that enter the selected blocks."""
+        return ChangeTokens(shuffled)
