@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import io
+import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,19 @@ from dev.comfy_tree import host_tree
 from dev.demo_model import butterflies
 from dev.demo_picture import Row, report, write_picture
 from dev.evaluation.settings import shown_grid
-from dev.host import Server, link_file, refusal
+from dev.host import Server
+from dev.machine import link_file
 from dev.places import ARTIFACTS, DEMO_PACK
 from dev.say import Failure, say, step
 
 COLUMNS = (graphs.OFF, "sigma 1", "sigma 4", graphs.INFINITE)
 DEMO_SIZE = butterflies.SIZE
-DEMO_BATCH = 9
+DEMO_BATCH = 6
 DEMO_STEPS = 20
 DEMO_CFG = 2.0
 CFG = 4.0
 DEMO_PROMPTS = ("nothing", *butterflies.HUES)
+PATIENCE = 24 * 3600.0  # seconds; a large model on a CPU takes its time
 SHOWN = ("ComfyUI version", "Device:", "loaded completely", "WARNING", "ERROR")
 
 
@@ -38,11 +39,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     rows = _rows(options, checkpoint)
     tree = host_tree()
     step("Starting ComfyUI (about 15 s)")
-    with Server(tree, demo=checkpoint is None, on_line=_summarised) as host:
+    progress = Progress()
+    with Server(tree, demo=checkpoint is None, on_line=progress) as host:
         if checkpoint is not None:
             link_file(checkpoint, host.base / "models" / "checkpoints" / checkpoint.name)
         for row in rows:
-            _render(host, row, options, checkpoint)
+            _render(host, row, options, checkpoint, progress)
     out = Path(options.out or ARTIFACTS / "demo.png").resolve()
     write_picture(rows, out, _title(options, checkpoint))
     report(rows)
@@ -94,7 +96,13 @@ def _columns(checkpoint: Path | None) -> dict[str, graphs.Graph]:
     return {graphs.OFF: parts[graphs.OFF], **guided}
 
 
-def _render(host: Server, row: Row, options: argparse.Namespace, checkpoint: Path | None) -> None:
+def _render(
+    host: Server,
+    row: Row,
+    options: argparse.Namespace,
+    checkpoint: Path | None,
+    progress: Progress,
+) -> None:
     steps = options.steps
     for column, part in _columns(checkpoint).items():
         if checkpoint is None:
@@ -103,73 +111,46 @@ def _render(host: Server, row: Row, options: argparse.Namespace, checkpoint: Pat
         else:
             graph = graphs.for_checkpoint(part, checkpoint.name, row.prompt, options.size)
         graph = graphs.with_sampling(graph, cfg=row.cfg, seed=options.seed, steps=steps)
-        progress = _progress(f"{row.label} | {column}")
-        begin = time.monotonic()
-        found = asyncio.run(_run_watched(host, graph, progress))
+        progress.start(f"{row.label} | {column}")
+        found = host.run(graph, PATIENCE)["save"]["images"]
         row.images[column] = [_opened(host.image_bytes(image)) for image in found]
-        row.seconds[column] = (time.monotonic() - begin) / len(found)
-        progress(None, None)
+        row.seconds[column] = progress.done() / len(found)
 
 
-async def _run_watched(
-    host: Server, graph: graphs.Graph, progress: Callable[[Any, Any], None]
-) -> list[dict[str, str]]:
-    """Queue a graph, follow it over the websocket, and return its saved images."""
-    import aiohttp
+class Progress:
+    """Shows the server's lines that matter, and how far a column has come.
 
-    address = f"{host.url}/ws?clientId=demo"
-    try:
-        async with aiohttp.ClientSession() as session, session.ws_connect(address) as socket:
-            status, answer = await asyncio.to_thread(
-                host.post, "/prompt", {"prompt": graph, "client_id": "demo"}
-            )
-            if status != 200:
-                raise Failure(f"ComfyUI refused the workflow: {refusal(answer)}")
-            await _follow(socket, answer["prompt_id"], progress)
-    except aiohttp.ClientError as error:
-        raise Failure(f"The connection to ComfyUI broke: {error}") from error
-    entry = await asyncio.to_thread(host.finished, answer["prompt_id"], 30)
-    return entry["outputs"]["save"]["images"]
+    At a terminal that is one moving line, into a pipe a line at the half.
+    """
 
+    def __init__(self) -> None:
+        self._label = ""
+        self._begin = 0.0
+        self._moving = sys.stdout.isatty()
 
-async def _follow(socket: Any, prompt: str, progress: Callable[[Any, Any], None]) -> None:
-    async for message in socket:
-        event = message.json() if isinstance(message.data, str) else {}
-        data = event.get("data") or {}
-        if data.get("prompt_id") != prompt:
-            continue
-        match event["type"]:
-            case "progress":
-                progress(data["value"], data["max"])
-            case "execution_error":
-                cause = data["exception_message"].strip()
-                raise Failure(f"Node {data['node_type']} failed: {cause}")
-            case "execution_success":
-                return
-    raise Failure("ComfyUI closed the connection in the middle of a workflow.")
+    def start(self, label: str) -> None:
+        """Begin a column."""
+        self._label, self._begin = f"{label:<28}", time.monotonic()
 
+    def done(self) -> float:
+        """End a column and return its seconds."""
+        spent = time.monotonic() - self._begin
+        say(f"{chr(13) if self._moving else ''}   {self._label} done        {spent:5.1f} s")
+        return spent
 
-def _progress(label: str) -> Callable[[Any, Any], None]:
-    """Return a reporter of sampling steps: one moving line, or every quarter into a pipe."""
-    begin = time.monotonic()
-    moving = sys.stdout.isatty()
-
-    def show(value: Any, total: Any) -> None:
-        spent = f"{time.monotonic() - begin:5.1f} s"
-        if value is None:
-            say(f"{chr(13) if moving else ''}   {label:<28} done        {spent}")
-        elif moving:
-            sys.stdout.write(f"\r   {label:<28} step {value}/{total} {spent}")
-            sys.stdout.flush()
-        elif value % max(1, total // 2) == 0 and value < total:
-            say(f"   {label:<28} step {value}/{total} {spent}")
-
-    return show
-
-
-def _summarised(line: str) -> None:
-    if any(word in line for word in SHOWN):
-        say(f"   ComfyUI: {line.strip()}")
+    def __call__(self, line: str) -> None:
+        """Take one line of the server's log; the sampler's bar writes `9/20 [00:01<...`."""
+        bar = re.search(r"\b(\d+)/(\d+) \[", line)
+        if bar:
+            step, total = map(int, bar.groups())
+            text = f"   {self._label} step {step}/{total} {time.monotonic() - self._begin:5.1f} s"
+            if self._moving:
+                sys.stdout.write(f"\r{text}")
+                sys.stdout.flush()
+            elif 0 < step < total and step % max(1, total // 2) == 0:
+                say(text)
+        elif any(word in line for word in SHOWN):
+            say(f"   ComfyUI: {line.strip()}")
 
 
 def _opened(data: bytes) -> Any:
@@ -179,5 +160,5 @@ def _opened(data: bytes) -> Any:
 
 
 def _title(options: argparse.Namespace, checkpoint: Path | None) -> str:
-    source = f"scale 3 - {checkpoint.name}" if checkpoint else "the demo model (blur, scale)"
-    return f"Smoothed Energy Guidance - {source} - the same seed {options.seed} everywhere"
+    source = f"scale 3, {checkpoint.name}" if checkpoint else "demo model"
+    return f"Smoothed Energy Guidance: {source}, seed {options.seed} in every column"

@@ -69,7 +69,7 @@ def write_picture(rows: list[Row], out: Path, title: str) -> None:
                 sheets[y][x].resize((width, height), Image.Resampling.NEAREST), (left, top)
             )
             away = _moved(row.images[column], row.images[graphs.OFF])
-            note = row.caption if x == 0 else f"{away:.0%} from off"
+            note = row.caption if x == 0 else f"differs from off by {away:.0%}"
             draw.text((left, top + height + 6), _fitted(draw, note, width, small), "black", small)
     with disk_errors(out):
         made_folder(out.parent)

@@ -15,9 +15,39 @@ Graph = dict[str, dict[str, Any]]
 SHIPPED = ROOT / "example_workflows" / "api"
 COMPARISON = "SEG SDXL - five widths of the blur.json"
 GUIDANCE = "SEGuidance"
-GUIDANCES = (GUIDANCE, "SEGuidanceSAG", "SEGuidancePAG")
+GUIDANCES = (GUIDANCE, *(f"{GUIDANCE}{name}" for name in ("SAG", "PAG", "TPG", "SLG")))
 OFF = "off"
 INFINITE = "infinite"
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}  # all of sampling
+
+
+def new_node(kind: str, **inputs: Any) -> dict[str, Any]:
+    """Return a node; an input from another node is a pair of its id and the output's index."""
+    return {"class_type": kind, "inputs": inputs}
+
+
+def ksampler(model: str, *, steps: int, cfg: float, seed: int) -> dict[str, Any]:
+    """Return a KSampler (Euler) of a graph whose other nodes are `positive`, `negative`, `latent`.
+
+    Args:
+        model: id of the node whose first output is the model.
+        steps: sampling steps.
+        cfg: classifier-free guidance.
+        seed: of the noise.
+    """
+    return new_node(
+        "KSampler",
+        model=[model, 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        latent_image=["latent", 0],
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        denoise=1.0,
+        sampler_name="euler",
+        scheduler="normal",
+    )
 
 
 def load(path: Any) -> Graph:
@@ -78,8 +108,7 @@ def columns(graph: Graph) -> dict[str, Graph]:
         samplers = [key for key, _ in of_class(graph, "KSampler") if key in keys]
         if samplers and samplers[0] == str(inputs["samples"][0]):
             part = {key: copy.deepcopy(graph[key]) for key in graph if key in keys}
-            saved = {"images": [decode, 0], "filename_prefix": "seg"}
-            part["save"] = {"class_type": "SaveImage", "inputs": saved}
+            part["save"] = new_node("SaveImage", images=[decode, 0], filename_prefix="seg")
             parts.setdefault(setting(graph, samplers[0]), part)
     return parts
 
@@ -112,25 +141,24 @@ def prompt_nodes(graph: Graph) -> tuple[set[str], set[str]]:
 
 
 def for_demo_model(graph: Graph, prompt: str, *, size: int, batch: int) -> Graph:
-    """Return the graph with the stock loader, texts, latent and decoder made the demo model's."""
+    """Return the graph with loader, texts, latent and VAE made the demo model's."""
     changed = copy.deepcopy(graph)
     positive, _ = prompt_nodes(graph)
     for key, node in changed.items():
         inputs = node["inputs"]
         match node["class_type"]:
             case "CheckpointLoaderSimple":
-                changed[key] = _node("SEGDemoModelLoader")
+                changed[key] = new_node("SEGDemoModelLoader")
             case "CLIPTextEncode":
                 text = prompt if key in positive else "nothing"
-                changed[key] = _node("SEGDemoPrompt", prompt=text)
+                changed[key] = new_node("SEGDemoPrompt", prompt=text)
             case "EmptyLatentImage":
-                changed[key] = _node(
+                changed[key] = new_node(
                     "SEGDemoEmptyLatent", width=size, height=size, batch_size=batch
                 )
             case "VAEDecode":
-                changed[key] = _node(
-                    "SEGDemoDecode", samples=inputs["samples"], scale=4, method="bicubic"
-                )
+                inputs["vae"] = ["vae", 0]
+    changed["vae"] = new_node("SEGDemoVAE", scale=4, method="bicubic")
     return changed
 
 
@@ -180,7 +208,7 @@ def _with_one_loader(graph: Graph) -> Graph:
     separate = {key: slots[n["class_type"]] for key, n in graph.items() if n["class_type"] in slots}
     changed = {key: copy.deepcopy(node) for key, node in graph.items() if key not in separate}
     if separate:
-        changed["checkpoint"] = _node("CheckpointLoaderSimple", ckpt_name="")
+        changed["checkpoint"] = new_node("CheckpointLoaderSimple", ckpt_name="")
     for node in changed.values():
         for name, link in links(node).items():
             if str(link[0]) in separate:
@@ -203,38 +231,16 @@ def without_guidance(graph: Graph) -> Graph:
     return {key: node for key, node in changed.items() if key not in guides}
 
 
-def _node(name: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": name, "inputs": inputs}
-
-
 def text_to_image(checkpoint: str, **guidance: Any) -> Graph:
     """Return the smallest whole workflow with the guidance node, for tests."""
-    encoded = {"clip": ["1", 1]}
-    sampling = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "denoise": 1.0}
+    settings = {"scale": 3.0, "infinite_blur": True, "blur_sigma": 10.0, **WHOLE, **guidance}
     return {
-        "1": _node("CheckpointLoaderSimple", ckpt_name=checkpoint),
-        "2": _node(GUIDANCE, **{**GUIDANCE_DEFAULTS, **guidance, "model": ["1", 0]}),
-        "3": _node("CLIPTextEncode", text="a cat", **encoded),
-        "4": _node("CLIPTextEncode", text="", **encoded),
-        "5": _node("EmptyLatentImage", width=64, height=96, batch_size=1),
-        "6": _node(
-            "KSampler",
-            **sampling,
-            scheduler="normal",
-            model=["2", 0],
-            positive=["3", 0],
-            negative=["4", 0],
-            latent_image=["5", 0],
-        ),
-        "7": _node("VAEDecode", samples=["6", 0], vae=["1", 2]),
-        "8": _node("SaveImage", images=["7", 0], filename_prefix="seg"),
+        "checkpoint": new_node("CheckpointLoaderSimple", ckpt_name=checkpoint),
+        "guidance": new_node(GUIDANCE, model=["checkpoint", 0], **settings),
+        "positive": new_node("CLIPTextEncode", text="a cat", clip=["checkpoint", 1]),
+        "negative": new_node("CLIPTextEncode", text="", clip=["checkpoint", 1]),
+        "latent": new_node("EmptyLatentImage", width=64, height=96, batch_size=1),
+        "sampler": ksampler("guidance", steps=2, cfg=4.0, seed=1),
+        "decode": new_node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
+        "save": new_node("SaveImage", images=["decode", 0], filename_prefix="seg"),
     }
-
-
-GUIDANCE_DEFAULTS = {
-    "scale": 3.0,
-    "infinite_blur": True,
-    "blur_sigma": 10.0,
-    "start_percent": 0.0,
-    "end_percent": 1.0,
-}

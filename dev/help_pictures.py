@@ -9,354 +9,146 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from dev import brand, diagrams
 from dev.comfy_tree import CURRENT, pinned_tree
+from dev.evaluation import settings
+from dev.evaluation.demo import sources
+from dev.graphs import Graph, ksampler, new_node
 from dev.host import Server
 from dev.places import ROOT, made_folder
 from dev.say import say
 
 PAGES = ROOT / "web" / "docs" / "pictures"
-ICON = ROOT / "docs" / "icon.png"
-BANNER = ROOT / "docs" / "banner.png"
-BLUE, ORANGE, DARK, LIGHT = "#4cc9f0", "#f9844a", "#1b1b1f", "#f0f0f0"
 SEED = 11
+STEPS = 20
 BATCH = 4
 SCALE = 0.25  # what `dev.py evaluate` finds right for so small a model
-GRID = (16, 24)
-Graph = dict[str, dict[str, Any]]
-
-
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    """Return a node of an API-format graph."""
-    return {"class_type": kind, "inputs": inputs}
+BESIDE_OFF = {  # which guidances each picture compares with *off*
+    "relatives": ("SEG", "PAG", "SAG"),
+    "relatives_tpg": ("SEG", "TPG"),
+    "relatives_slg": ("SEG", "SLG"),
+}
 
 
 def make_all() -> None:
     """Make every picture of the help pages, the icon and the banner."""
     made_folder(PAGES)
-    blur_kernels()
-    attention_maps()
-    energy()
+    _write("blur_kernels", diagrams.blur_kernels(), colours=128)
+    _write("attention_maps", diagrams.attention_maps(), colours=128)
+    _write("energy", diagrams.energy(), colours=128)
     with Server(pinned_tree(CURRENT), demo=True) as host:
         columns = comparison(host)
+        too_much(host)
         relatives(host)
         report(host)
-    icon()
-    banner(columns)
-
-
-# Results of the nodes
-
-
-def _sources(prompt: str, batch: int) -> Graph:
-    return {
-        "model": node("SEGDemoModelLoader"),
-        "positive": node("SEGDemoPrompt", prompt=prompt),
-        "negative": node("SEGDemoPrompt", prompt="nothing"),
-        "latent": node("SEGDemoEmptyLatent", width=32, height=32, batch_size=batch),
-        "vae": node("SEGDemoVAE", scale=4, method="bicubic"),
-    }
-
-
-def _sampled(model: str, cfg: float, steps: int = 20) -> dict[str, Any]:
-    return node(
-        "KSampler",
-        model=[model, 0],
-        positive=["positive", 0],
-        negative=["negative", 0],
-        latent_image=["latent", 0],
-        seed=SEED,
-        steps=steps,
-        cfg=cfg,
-        sampler_name="euler",
-        scheduler="normal",
-        denoise=1.0,
-    )
-
-
-def _images(host: Server, graph: Mapping[str, Any], save: str) -> list[Any]:
-    from PIL import Image
-
-    found = host.run(graph)[save]["images"]
-    return [Image.open(io.BytesIO(host.image_bytes(one))).convert("RGB") for one in found]
+    brand.icon()
+    brand.banner(columns)
 
 
 def comparison(host: Server) -> dict[str, list[Any]]:
     """Draw five widths of the blur with SEG Compare, and return the images by width."""
     names = ["off", "1", "4", "16", "infinite"]
-    graph = _sources("nothing", BATCH) | {
-        "compare": node(
-            "SEGuidanceSweep",
-            model=["model", 0],
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent=["latent", 0],
-            vae=["vae", 0],
-            sigmas=", ".join(names),
-            scales=str(SCALE),
-            seed=SEED,
-            steps=20,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="normal",
-        ),
-        "grid": node("SaveImage", images=["compare", 0], filename_prefix="grid"),
-        "save": node("SaveImage", images=["compare", 1], filename_prefix="all"),
-    }
-    images = _images(host, graph, "save")
-    columns = {name: images[i * BATCH : (i + 1) * BATCH] for i, name in enumerate(names)}
+    grid, columns = _compared(host, sigmas=", ".join(names), scales=str(SCALE))
     words = [name if name in ("off", "infinite") else f"sigma {name}" for name in names]
-    _write("comparison", _table(columns.values(), words), colours=256)
-    _write("compare_node", _images(host, graph, "grid")[0], colours=256)
-    return columns
+    _write("comparison", _table(columns, words))
+    _write("compare_node", grid)
+    return dict(zip(names, columns, strict=True))
+
+
+def too_much(host: Server) -> None:
+    """Draw scales from none to far too large for the demo model."""
+    scales = ["off", str(SCALE), "1", "3"]
+    _, columns = _compared(host, sigmas="infinite", scales=", ".join(scales))
+    words = [scale if scale == "off" else f"scale {scale}" for scale in scales]
+    _write("too_much", _table(columns, words))
+
+
+def _compared(host: Server, **lists: str) -> tuple[Any, list[list[Any]]]:
+    """Run SEG Compare over a single list; return its grid, and the images of each entry."""
+    sampling = ksampler("model", steps=STEPS, cfg=1.0, seed=SEED)["inputs"]
+    shared = {name: sampling[name] for name in sampling if name not in ("latent_image", "denoise")}
+    wires = {"latent": ["latent", 0], "vae": ["vae", 0]}
+    graph = _sources("nothing", BATCH, scale=4) | {
+        "compare": new_node("SEGuidanceSweep", **shared, **wires, **lists),
+        "grid": _saved("compare"),
+        "all": _saved("compare", 1),
+    }
+    found = _images(host, graph, "grid", "all")
+    images = found["all"]
+    return found["grid"][0], [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
 
 
 def relatives(host: Server) -> None:
     """Draw the same seeds without guidance and with each of the guidance nodes."""
-    window = {"start_percent": 0.0, "end_percent": 1.0, "model": ["model", 0]}
-    graph = _sources("nothing", BATCH) | {
-        "SEG": node(
-            "SEGuidance",
-            scale=SCALE,
-            infinite_blur=True,
-            blur_sigma=10.0,
-            **window,
-        ),
-        "PAG": node("SEGuidancePAG", scale=0.5, **window),
-        "SAG": node("SEGuidanceSAG", scale=0.25, blur_sigma=2.0, **window),
-        "TPG": node("SEGuidanceTPG", scale=0.3, blocks="middle", **window),
-        "SLG": node("SEGuidanceSLG", scale=0.3, **window),
-    }
-    names = ("off", "SEG", "PAG", "SAG", "TPG", "SLG")
-    for name in names:
-        model = "model" if name == "off" else name
-        graph[f"{name} sampler"] = _sampled(model, 1.0)
-        graph[f"{name} decoder"] = node(
-            "SEGDemoDecode", samples=[f"{name} sampler", 0], scale=4, method="bicubic"
-        )
-        graph[f"{name} save"] = node(
-            "SaveImage", images=[f"{name} decoder", 0], filename_prefix=name
-        )
-    found = host.run(graph)
-    from PIL import Image
-
-    columns = {
-        name: [
-            Image.open(io.BytesIO(host.image_bytes(one))).convert("RGB")
-            for one in found[f"{name} save"]["images"]
-        ]
-        for name in names
-    }
-    for file, chosen in {
-        "relatives": ("off", "SEG", "PAG", "SAG"),
-        "relatives_tpg": ("off", "SEG", "TPG"),
-        "relatives_slg": ("off", "SEG", "SLG"),
-    }.items():
-        _write(file, _table([columns[name] for name in chosen], list(chosen)), colours=256)
+    compared = [
+        settings.off(),
+        settings.seg(math.inf, SCALE),
+        settings.pag(0.5),
+        settings.sag(0.25),
+        settings.tpg(0.3, "middle"),
+        settings.slg(0.3),
+    ]
+    graph = _sources("nothing", BATCH, scale=4)
+    for each in compared:
+        if each.node is not None:
+            graph[each.method] = new_node(each.node, model=["model", 0], **each.inputs)
+        model = each.method if each.node else "model"
+        graph |= _sampled(each.method, ksampler(model, steps=STEPS, cfg=1.0, seed=SEED))
+    columns = _images(host, graph, *(f"{each.method} save" for each in compared))
+    for picture, methods in BESIDE_OFF.items():
+        shown = ("off", *methods)
+        _write(picture, _table([columns[f"{name} save"] for name in shown], list(shown)))
 
 
 def report(host: Server) -> None:
     """Draw what SEG Report shows of a run with cfg and half a window."""
-    guidance = {"scale": 0.5, "infinite_blur": False, "blur_sigma": 1.0}
-    graph = _sources("blue", 1) | {
-        "seg": node("SEGuidance", model=["model", 0], start_percent=0, end_percent=0.8, **guidance),
-        "probe": node("SEGuidanceProbe", model=["seg", 0]),
-        "sampler": _sampled("probe", 2.0),
-        "decode": node("SEGDemoDecode", samples=["sampler", 0], scale=8, method="bicubic"),
-        "report": node(
-            "SEGuidanceReport", probe=["probe", 1], latent=["sampler", 0], image=["decode", 0]
-        ),
-        "plots": node("SaveImage", images=["report", 0], filename_prefix="plots"),
-        "maps": node("SaveImage", images=["report", 1], filename_prefix="maps"),
-        "text": node("PreviewAny", source=["report", 2]),
+    guidance = settings.seg(1.0, 0.5, end_percent=0.8)
+    shown = {"latent": ["run sampler", 0], "image": ["run decode", 0]}
+    graph = _sources("blue", 1, scale=8) | {
+        "seg": new_node("SEGuidance", model=["model", 0], **guidance.inputs),
+        "probe": new_node("SEGuidanceProbe", model=["seg", 0]),
+        **_sampled("run", ksampler("probe", steps=STEPS, cfg=2.0, seed=SEED)),
+        "report": new_node("SEGuidanceReport", probe=["probe", 1], **shown),
+        "plots": _saved("report"),
+        "maps": _saved("report", 1),
     }
-    _write("report_plots", _images(host, graph, "plots")[0], colours=96)
-    maps = _images(host, graph, "maps")
-    sheet = _new(sum(one.width for one in maps) + 8 * (len(maps) - 1), maps[0].height)
-    for index, one in enumerate(maps):
-        sheet.paste(one, (index * (one.width + 8), 0))
-    _write("report_maps", sheet, colours=256)
+    found = _images(host, graph, "plots", "maps")
+    _write("report_plots", found["plots"][0], colours=96)
+    _write("report_maps", _row(found["maps"]))
 
 
-# Diagrams
+def _sources(prompt: str, batch: int, scale: int) -> Graph:
+    """Return the evaluation's nodes around the sampler, for enlarged images."""
+    return sources(prompt, batch) | {"vae": new_node("SEGDemoVAE", scale=scale, method="bicubic")}
 
 
-def blur_kernels() -> None:
-    """Show what one query is made of at several widths of the blur."""
-    import torch
-
-    from seg_core import gaussian_matrix
-
-    figure, panels = _figure(4, (9.6, 3.0))
-    side, centre = 32, 15
-    for panel, sigma in zip(panels, (1.0, 4.0, 16.0, math.inf), strict=True):
-        line = gaussian_matrix(side, sigma, kernel="full")[centre].float()
-        panel.imshow(torch.outer(line, line), cmap="inferno", vmin=0)
-        panel.set_title("infinite" if math.isinf(sigma) else f"sigma {sigma:g}")
-    _keep("blur_kernels", figure)
-
-
-def _attention() -> Any:
-    """Return logits of a smooth random field of queries and keys over a grid."""
-    import torch
-
-    from seg_core import blur_queries
-
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randn(1, GRID[0] * GRID[1], 32, generator=generator)
-    smooth = blur_queries(tokens, GRID, 1.2)
-    smooth = smooth / smooth.std()
-    return (smooth @ smooth.mT)[0] / math.sqrt(32) * 1.3
-
-
-def attention_maps() -> None:
-    """Show where one place looks: plainly, blurred, with the mean query, and seeing itself."""
-    import torch
-
-    from seg_core import smoothed_logits
-
-    logits = _attention()
-    here = 5 * GRID[1] + 7
-    shown = {
-        "plain": logits.softmax(-1)[here],
-        "SEG, sigma 2": smoothed_logits(logits, GRID, 2.0).softmax(-1)[here],
-        "SEG, infinite": smoothed_logits(logits, GRID, math.inf).softmax(-1)[here],
-        "PAG": torch.eye(len(logits))[here],
+def _sampled(name: str, sampler: dict[str, Any]) -> Graph:
+    """Return a sampler with the nodes that decode and save its images."""
+    return {
+        f"{name} sampler": sampler,
+        f"{name} decode": new_node("VAEDecode", samples=[f"{name} sampler", 0], vae=["vae", 0]),
+        f"{name} save": _saved(f"{name} decode"),
     }
-    figure, panels = _figure(4, (9.6, 2.5))
-    for panel, (words, weights) in zip(panels, shown.items(), strict=True):
-        panel.imshow(weights.reshape(GRID), cmap="inferno", vmin=0)
-        panel.plot(here % GRID[1], here // GRID[1], "o", mec=BLUE, mfc="none", ms=20, mew=2)
-        panel.set_title(words)
-    _keep("attention_maps", figure)
 
 
-def energy() -> None:
-    """Show what the paper proves: blur lowers variance, log-sum-exp and curvature."""
-    from seg_core import energy_curvature, logit_variance, mean_logsumexp, smoothed_logits
-
-    logits = _attention()
-    sigmas = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf]
-    smoothed = [smoothed_logits(logits, GRID, sigma) for sigma in sigmas]
-    series = {
-        "variance of the logits": [float(logit_variance(each)) for each in smoothed],
-        "mean log-sum-exp": [float(mean_logsumexp(each)) for each in smoothed],
-        "curvature": [float(energy_curvature(logits, GRID, sigma)) for sigma in sigmas],
-    }
-    figure, panels = _figure(3, (9.6, 3.6), picture=False)
-    words = ["0" if not s else "inf" if math.isinf(s) else f"{s:g}" for s in sigmas]
-    for panel, (title, values) in zip(panels, series.items(), strict=True):
-        panel.plot(range(len(sigmas)), values, "o-", color=BLUE)
-        panel.set_xticks(range(len(sigmas)), words)
-        panel.set_title(title)
-        panel.set_xlabel("blur sigma")
-    _keep("energy", figure)
+def _saved(source: str, output: int = 0) -> dict[str, Any]:
+    return new_node("SaveImage", images=[source, output], filename_prefix="help")
 
 
-def _figure(count: int, size: tuple[float, float], *, picture: bool = True) -> tuple[Any, Any]:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    style = {"text.color": LIGHT, "axes.labelcolor": LIGHT, "axes.edgecolor": "#55555e"}
-    ticks = {"xtick.color": LIGHT, "ytick.color": LIGHT, "font.size": 15, "axes.titlesize": 17}
-    lines = {"lines.linewidth": 3, "axes.facecolor": DARK, "grid.color": "#43434b"}
-    with mpl.rc_context({**style, **ticks, **lines}):
-        figure = Figure(figsize=size, dpi=100, layout="constrained", facecolor=DARK)
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, count)
-    for panel in panels:
-        if picture:
-            panel.set_axis_off()
-        else:
-            panel.grid(visible=True)
-    return figure, panels
-
-
-def _keep(name: str, figure: Any) -> None:
+def _images(host: Server, graph: Graph, *names: str) -> dict[str, list[Any]]:
+    """Run a graph and return the images of these nodes that save them."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "figure.png"
-        figure.savefig(path)
-        _write(name, Image.open(path).convert("RGB"), colours=128)
-
-
-# Icon and banner
-
-
-def icon(side: int = 400) -> Any:
-    """Draw a token grid lit by one blurred query."""
-    from PIL import Image, ImageDraw
-
-    from seg_core import gaussian_matrix
-
-    cells, gap, radius = 7, 10, 12
-    sheet = Image.new("RGB", (side, side), DARK)
-    draw = ImageDraw.Draw(sheet)
-    step = (side - 2 * 28 + gap) / cells
-    line = gaussian_matrix(33, 1.7, kernel="full")[16][13:20]
-    for row in range(cells):
-        for column in range(cells):
-            light = float(line[row] * line[column] / line[3] ** 2) ** 0.8
-            colour = (
-                _mixed("#2c3440", BLUE, light)
-                if light < 0.7
-                else _mixed(BLUE, "#ffffff", (light - 0.7) / 0.3)
-            )
-            left, top = 28 + column * step, 28 + row * step
-            box = (left, top, left + step - gap, top + step - gap)
-            draw.rounded_rectangle(box, radius, fill=colour)
-    sheet.save(made_folder(ICON.parent) / ICON.name, optimize=True)
-    _say(ICON)
-    return sheet
-
-
-def banner(columns: Mapping[str, list[Any]]) -> None:
-    """Put the name beside what the demo model draws without and with the guidance, at 21:9."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    width, height = 1680, 720
-    sheet = _new(width, height)
-    draw = ImageDraw.Draw(sheet)
-    mark = Image.open(ICON).resize((180, 180))
-    sheet.paste(mark, (80, 110))
-    draw.text((80, 330), "Smoothed Energy", LIGHT, ImageFont.load_default(84))
-    draw.text((80, 425), "Guidance", LIGHT, ImageFont.load_default(84))
-    draw.text(
-        (80, 550), "better structure, with or without a prompt", BLUE, ImageFont.load_default(38)
-    )
-    side, top = 238, 150
-    for x, (name, words) in enumerate((("off", "off"), ("infinite", "with SEG"))):
-        left = 860 + x * (side * 3 // 2 + 40)
-        draw.text(
-            (left + side * 3 // 4, top - 22), words, LIGHT, ImageFont.load_default(40), anchor="ms"
-        )
-        small = side * 3 // 4 - 4
-        for index, image in enumerate(columns[name][:4]):
-            place = (left + index % 2 * (small + 8), top + index // 2 * (small + 8))
-            sheet.paste(image.resize((small, small), Image.Resampling.LANCZOS), place)
-    sheet.quantize(256, kmeans=1).save(BANNER, optimize=True)
-    _say(BANNER)
-
-
-def _mixed(dark: str, light: str, share: float) -> tuple[int, ...]:
-    share = min(1.0, max(0.0, share))
-    pairs = [(int(dark[i : i + 2], 16), int(light[i : i + 2], 16)) for i in (1, 3, 5)]
-    return tuple(round(a + (b - a) * share) for a, b in pairs)
-
-
-# Files
-
-
-def _new(width: int, height: int) -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (width, height), DARK)
+    found = host.run(graph)
+    return {
+        name: [
+            Image.open(io.BytesIO(host.image_bytes(one))).convert("RGB")
+            for one in found[name]["images"]
+        ]
+        for name in names
+    }
 
 
 def _table(columns: Any, words: list[str]) -> Any:
@@ -371,11 +163,19 @@ def _table(columns: Any, words: list[str]) -> Any:
     return pictures.labelled_grid(rows, words, [""] * len(rows))
 
 
-def _write(name: str, picture: Any, *, colours: int = 64) -> None:
+def _row(images: list[Any]) -> Any:
+    """Return images side by side."""
+    from PIL import Image
+
+    step = images[0].width + 8
+    size = (step * len(images) - 8, images[0].height)
+    sheet = Image.new("RGB", size, diagrams.DARK)
+    for index, image in enumerate(images):
+        sheet.paste(image, (index * step, 0))
+    return sheet
+
+
+def _write(name: str, picture: Any, *, colours: int = 256) -> None:
     path = PAGES / f"{name}.png"
     picture.convert("RGB").quantize(colours, kmeans=1).save(path, optimize=True)
-    _say(path)
-
-
-def _say(path: Path) -> None:
     say(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1024} KiB")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -16,16 +13,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dev.environment import python_command
+from dev.machine import device_flags, free_port, link_folder, require_free, server_environment
 from dev.places import DEMO_FOLDER, DEMO_PACK, PACK_FOLDER, ROOT, WINDOWS
 from dev.say import Failure, disk_errors
 
 START_SECONDS = 240
-NOT_INSTALLED = (".git", ".venv", ".artifacts", "__pycache__")
 
 
 class Server:
@@ -130,12 +127,10 @@ class Server:
         limit = time.monotonic() + START_SECONDS
         while time.monotonic() < limit:
             self._require_alive("while starting")
-            try:
+            with suppress(OSError):
                 self.get("/system_stats")
-            except OSError:
-                time.sleep(0.2)
-            else:
                 return self._require_packs()
+            time.sleep(0.2)
         raise Failure(f"ComfyUI did not answer within {START_SECONDS} s; {self._last_words()}")
 
     def _require_packs(self) -> None:
@@ -237,10 +232,7 @@ def _document(body: bytes) -> Any:
 
 def execution_error(entry: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what ComfyUI recorded about the node that failed, or None."""
-    for name, details in entry["status"]["messages"]:
-        if name == "execution_error":
-            return details
-    return None
+    return dict(entry["status"]["messages"]).get("execution_error")
 
 
 def refusal(answer: Any) -> str:
@@ -255,68 +247,3 @@ def refusal(answer: Any) -> str:
     error = answer.get("error")
     general = error.get("message", error) if isinstance(error, dict) else error
     return "; ".join(causes) or str(general)
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def require_free(port: int) -> None:
-    """Refuse a port on which something listens already."""
-    with socket.socket() as probe:
-        if not WINDOWS:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise Failure(f"Port {port} is taken; choose another with --port.") from error
-
-
-def link_folder(source: Path, target: Path) -> None:
-    """Make `target` show `source`: a link, on Windows a junction, else a copy."""
-    try:
-        if WINDOWS:
-            import _winapi
-
-            _winapi.CreateJunction(str(source), str(target))
-        else:
-            target.symlink_to(source, target_is_directory=True)
-    except OSError:
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*NOT_INSTALLED))
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make a large file appear at `target` without copying it where that is possible."""
-    for way in (os.symlink, os.link, shutil.copyfile):
-        try:
-            way(source, target)
-        except OSError as error:
-            problem = error
-        else:
-            return
-    raise Failure(f"Cannot place {source} at {target}: {problem.strerror}.")
-
-
-def server_environment() -> dict[str, str]:
-    """Return the environment of the server: no hub look-ups, unbuffered output."""
-    return {
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads crawl when the cores are shared
-        **os.environ,
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-        "HF_HUB_OFFLINE": "1",
-        "DO_NOT_TRACK": "1",
-    }
-
-
-@cache
-def device_flags() -> tuple[str, ...]:
-    """Return `--cpu` unless the environment's PyTorch can use a GPU."""
-    if sys.platform == "darwin":
-        return ()
-    check = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    answer = subprocess.run(python_command("-c", check), capture_output=True, check=False)
-    return () if answer.returncode == 0 else ("--cpu",)

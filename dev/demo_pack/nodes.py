@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import comfy.model_management
 import torch
 from comfy_api.latest import ComfyExtension, io
@@ -92,48 +90,6 @@ class SEGDemoEmptyLatent(io.ComfyNode):
         return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})
 
 
-class SEGDemoDecode(io.ComfyNode):
-    """Turns the demo model's latent pictures into images."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Describe the node."""
-        return io.Schema(
-            node_id="SEGDemoDecode",
-            display_name="SEG Demo Decode",
-            category=CATEGORY,
-            description="Shows the demo model's latent pictures, enlarged by a whole factor.",
-            inputs=[
-                io.Latent.Input("samples"),
-                io.Int.Input("scale", default=8, min=1, max=32),
-                io.Combo.Input("method", options=list(INTERPOLATION), default="bicubic"),
-            ],
-            outputs=[io.Image.Output(display_name="images")],
-        )
-
-    @classmethod
-    def execute(cls, samples: dict[str, Any], scale: int, method: str) -> io.NodeOutput:
-        """Return the pictures as RGB in [0, 1]."""
-        pictures = samples["samples"]
-        if pictures.ndim != 4 or pictures.shape[1] != CHANNELS:
-            raise ValueError(
-                "SEG Demo Decode needs latents of the demo model, (batch, 3, height, width); "
-                f"these are {tuple(pictures.shape)}."
-            )
-        images = decoded(pictures, scale, method)
-        return io.NodeOutput(images.to(comfy.model_management.intermediate_device()))
-
-
-def decoded(pictures: torch.Tensor, scale: int, method: str) -> torch.Tensor:
-    """Return latent pictures, enlarged, as images ``(batch, height, width, 3)`` in [0, 1]."""
-    pictures = pictures.float()
-    if scale > 1:
-        pictures = torch.nn.functional.interpolate(
-            pictures, scale_factor=scale, mode=INTERPOLATION[method]
-        )
-    return ((pictures + 1.0) * 0.5).clamp(0.0, 1.0).movedim(1, -1)
-
-
 class PixelVAE:
     """Stands in for a VAE: the demo model's latent pictures are pictures already."""
 
@@ -142,12 +98,23 @@ class PixelVAE:
         self.method = method
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """Return the pictures as RGB in [0, 1]."""
-        return decoded(samples, self.scale, self.method)
+        """Return latent pictures, enlarged, as images ``(batch, height, width, 3)`` in [0, 1]."""
+        if samples.ndim != 4 or samples.shape[1] != CHANNELS:
+            raise ValueError(
+                "SEG Demo VAE decodes latents of the demo model, (batch, 3, height, width); "
+                f"these are {tuple(samples.shape)}."
+            )
+        pictures = samples.float()
+        if self.scale > 1:
+            pictures = torch.nn.functional.interpolate(
+                pictures, scale_factor=self.scale, mode=INTERPOLATION[self.method]
+            )
+        images = ((pictures + 1.0) * 0.5).clamp(0.0, 1.0).movedim(1, -1)
+        return images.to(comfy.model_management.intermediate_device())
 
 
 class SEGDemoVAE(io.ComfyNode):
-    """Hands out a decoder for nodes that want a VAE."""
+    """Hands out the decoder of the demo model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -156,7 +123,7 @@ class SEGDemoVAE(io.ComfyNode):
             node_id="SEGDemoVAE",
             display_name="SEG Demo VAE",
             category=CATEGORY,
-            description="Shows the demo model's latent pictures to nodes that take a VAE.",
+            description="Shows the demo model's latent pictures, enlarged by a whole factor.",
             inputs=[
                 io.Int.Input("scale", default=8, min=1, max=32),
                 io.Combo.Input("method", options=list(INTERPOLATION), default="bicubic"),
@@ -175,4 +142,4 @@ class DemoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [SEGDemoModelLoader, SEGDemoPrompt, SEGDemoEmptyLatent, SEGDemoDecode, SEGDemoVAE]
+        return [SEGDemoModelLoader, SEGDemoPrompt, SEGDemoEmptyLatent, SEGDemoVAE]

@@ -13,18 +13,17 @@ import numpy as np
 
 from dev.comfy_tree import host_tree, version_of
 from dev.evaluation import report
-from dev.evaluation.demo import REPORTING, publish
+from dev.evaluation.demo import IMAGES, REPORTING, publish
 from dev.evaluation.features import WEIGHTS_NOTE, InceptionFeatures, RandomFeatures, has_inception
 from dev.evaluation.measures import Gaussian, contrast, saturation
 from dev.evaluation.render import Plan, duration, pictures, render, token_of
 from dev.evaluation.report import PM
 from dev.evaluation.settings import checkpoint_grid
-from dev.graphs import Graph
-from dev.host import Server, link_file
-from dev.places import ARTIFACTS
+from dev.graphs import Graph, new_node
+from dev.host import Server
+from dev.machine import link_file
 from dev.say import Failure, say, step
 
-IMAGES = ARTIFACTS / "evaluate" / "images"
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 SMALL = 64  # side at which contrast, saturation and our own features are taken
 DEFAULTS = {"images": 100, "steps": 25, "size": (512, 512), "sigmas": (2.0, 10.0, np.inf)}
@@ -65,15 +64,13 @@ def sources(checkpoint: str, size: tuple[int, int]) -> Any:
     """Return the maker of the nodes around the sampler, see `Plan`."""
 
     def made(prompt: str, batch: int) -> Graph:
-        latent = {"width": size[0], "height": size[1], "batch_size": batch}
-        nodes: dict[str, tuple[str, dict[str, Any]]] = {
-            "model": ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
-            "positive": ("CLIPTextEncode", {"text": prompt, "clip": ["model", 1]}),
-            "negative": ("CLIPTextEncode", {"text": "", "clip": ["model", 1]}),
-            "latent": ("EmptyLatentImage", latent),
-            "decode": ("VAEDecode", {"vae": ["model", 2]}),
+        return {
+            "model": new_node("CheckpointLoaderSimple", ckpt_name=checkpoint),
+            "positive": new_node("CLIPTextEncode", text=prompt, clip=["model", 1]),
+            "negative": new_node("CLIPTextEncode", text="", clip=["model", 1]),
+            "latent": new_node("EmptyLatentImage", width=size[0], height=size[1], batch_size=batch),
+            "decode": new_node("VAEDecode", vae=["model", 2]),
         }
-        return {key: {"class_type": name, "inputs": found} for key, (name, found) in nodes.items()}
 
     return made
 

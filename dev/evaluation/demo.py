@@ -20,7 +20,7 @@ from dev.evaluation.measures import Gaussian, contrast, saturation, with_contras
 from dev.evaluation.render import Plan, duration, pictures, render, token_of
 from dev.evaluation.report import PM
 from dev.evaluation.settings import Setting, demo_grid, reported_grid
-from dev.graphs import OFF, Graph
+from dev.graphs import OFF, Graph, new_node
 from dev.host import Server
 from dev.places import ARTIFACTS, DEMO_PACK, made_folder
 from dev.say import Failure, disk_errors, say, step
@@ -50,15 +50,15 @@ class Stage:
 
 def sources(prompt: str, batch: int) -> Graph:
     """Return the nodes around the sampler; pictures leave at their own size."""
-    size = {"width": butterflies.SIZE, "height": butterflies.SIZE}
-    nodes: dict[str, tuple[str, dict[str, Any]]] = {
-        "model": ("SEGDemoModelLoader", {}),
-        "positive": ("SEGDemoPrompt", {"prompt": prompt}),
-        "negative": ("SEGDemoPrompt", {"prompt": NOTHING}),
-        "latent": ("SEGDemoEmptyLatent", {**size, "batch_size": batch}),
-        "decode": ("SEGDemoDecode", {"scale": 1, "method": "nearest"}),
+    side = butterflies.SIZE
+    return {
+        "model": new_node("SEGDemoModelLoader"),
+        "positive": new_node("SEGDemoPrompt", prompt=prompt),
+        "negative": new_node("SEGDemoPrompt", prompt=NOTHING),
+        "latent": new_node("SEGDemoEmptyLatent", width=side, height=side, batch_size=batch),
+        "vae": new_node("SEGDemoVAE", scale=1, method="nearest"),
+        "decode": new_node("VAEDecode", vae=["vae", 0]),
     }
-    return {key: {"class_type": name, "inputs": inputs} for key, (name, inputs) in nodes.items()}
 
 
 class Judge:
@@ -152,7 +152,7 @@ def evaluate(options: argparse.Namespace, out: Path) -> int:
         rows = judge.rows(stage, shown[stage.title])
         kept[stage.title] = [asdict(row) for row in rows]
         parts += [f"## {stage.title}", report.table(rows, list(choice.values()))]
-        parts.append("Of what *off* is above the floor, and of its mirror error:")
+        parts.append("Share of the distance above the floor, and of the mirror error, removed:")
         parts.append("\n".join(report.verdict(rows, choice, float(np.mean(floor)))))
     publish(out, "evaluation", "\n\n".join(parts) + "\n", kept, shown[reporting.title])
     say(f"({duration(time.monotonic() - begin)} in all)")
@@ -161,16 +161,19 @@ def evaluate(options: argparse.Namespace, out: Path) -> int:
 
 def _head(few: int, many: int, steps: int, floor: Sequence[float]) -> str:
     return (
-        "# What guidance does to the demo model's butterflies\n\n"
-        f"Made by `python dev.py evaluate`. {many} pictures a row, the same seeds in every row, "
-        f"{steps} Euler steps. Bold: the best of its method on {few} other seeds. Distances are "
-        f"shares of the data's variance in {RandomFeatures.note}; {report.FLOORS} samples of the "
-        f"data of that size are {np.mean(floor):.4f} {PM} {np.std(floor, ddof=1):.4f} away (the "
-        "floor). Mirror error: 0 is symmetric, 1 is halves that tell nothing of one another. "
-        "Contrast and saturation: 1 is the data's. *Contrast equal* is the distance after the "
-        "pictures of every row have been stretched to the data's contrast: what remains is not "
-        f"contrast. After {PM} stands one standard error over seeds (paired bootstrap for the "
-        "change from *off*)."
+        "# Image quality on the demo model\n\n"
+        f"Written by `python dev.py evaluate`. Each row: {many} images from the same seeds, "
+        f"{steps} Euler steps. Bold: the setting that was best for its method on {few} other "
+        "seeds.\n\n"
+        f"- **Frechet distance**: in {RandomFeatures.note}, divided by the data's variance. "
+        f"{report.FLOORS} equally large samples of the data itself are {np.mean(floor):.4f} {PM} "
+        f"{np.std(floor, ddof=1):.4f} away: the noise floor.\n"
+        "- **contrast equal**: the same distance after all images have been scaled to the data's "
+        "contrast.\n"
+        "- **mirror error**: 0 for a symmetric image, 1 for unrelated halves.\n"
+        "- **contrast, saturation**: relative to the data.\n"
+        "- **moved from off**: RMS difference, relative to the contrast of *off*.\n\n"
+        f"{PM} is one standard error over seeds, from a paired bootstrap for the change from *off*."
     )
 
 

@@ -49,7 +49,7 @@ def evaluate(options: argparse.Namespace, out: Path) -> int:
         _head(count, floor),
         _table("Frechet distance", found, lambda row: row.distance),
         _table(
-            "The same with the contrast of the pictures made the data's",
+            "Frechet distance at equal contrast",
             found,
             lambda row: row.matched,
         ),
@@ -64,10 +64,10 @@ def evaluate(options: argparse.Namespace, out: Path) -> int:
 
 def _head(count: int, floor: float) -> str:
     return (
-        "# The effect of guidance against training\n\n"
-        f"Made by `python dev.py evaluate --weights FILES`; no prompt, cfg 1, {count} pictures a "
-        f"figure, the same seeds everywhere. The floor of the distance is {floor:.4f}. After {PM} "
-        "stands the standard error of the paired change from *off*."
+        "# Image quality over the demo model's training\n\n"
+        f"Written by `python dev.py evaluate --weights FILES`. No prompt, cfg 1, {count} images "
+        f"from the same seeds for each figure. The noise floor of the distance is {floor:.4f}. "
+        f"{PM} is the standard error of the paired change from *off*."
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dev.evaluation.settings import Setting
-from dev.graphs import Graph
+from dev.graphs import Graph, ksampler, new_node
 from dev.places import ROOT, made_folder
 from dev.say import disk_errors, say
 
@@ -69,21 +69,12 @@ class Plan:
     def graph(self, setting: Setting, prompt: str, seed: int) -> Graph:
         """Return the workflow of one setting, prompt and seed."""
         graph: Graph = self.sources(prompt, self.batch)
-        model: list[Any] = ["model", 0]
         if setting.node is not None:
-            inputs = {"model": model, **setting.inputs}
-            graph["guidance"] = {"class_type": setting.node, "inputs": inputs}
-            model = ["guidance", 0]
-        sampling = {"steps": self.steps, "cfg": self.cfg, "seed": seed, "denoise": 1.0}
-        names = {"sampler_name": "euler", "scheduler": "normal"}
-        wires = {"positive": ["positive", 0], "negative": ["negative", 0]}
-        inputs = {"model": model, **wires, "latent_image": ["latent", 0], **sampling, **names}
-        graph["sampler"] = {"class_type": "KSampler", "inputs": inputs}
+            graph["guidance"] = new_node(setting.node, model=["model", 0], **setting.inputs)
+        model = "model" if setting.node is None else "guidance"
+        graph["sampler"] = ksampler(model, steps=self.steps, cfg=self.cfg, seed=seed)
         graph["decode"]["inputs"]["samples"] = ["sampler", 0]
-        graph[SAVE] = {
-            "class_type": "SaveImage",
-            "inputs": {"images": ["decode", 0], "filename_prefix": "evaluate"},
-        }
+        graph[SAVE] = new_node("SaveImage", images=["decode", 0], filename_prefix="evaluate")
         return graph
 
     def jobs(self, setting: Setting, seeds: range, folder: Path, token: str) -> list[Job]:

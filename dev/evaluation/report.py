@@ -162,7 +162,7 @@ def verdict(rows: Sequence[Row], choice: Mapping[str, str], floor: float) -> lis
             )
         if row.mirror and off.mirror:
             parts.append(f"{_share(row.mirror, off.mirror.value)} of the mirror error")
-        lines.append(f"- {method}, '{name}', takes away {', '.join(parts)}.")
+        lines.append(f"- {method}, '{name}', removes {', '.join(parts)}.")
     return lines
 
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dev.graphs import GUIDANCE, OFF
+from dev.graphs import GUIDANCE, OFF, WHOLE
 
 SAG, PAG, TPG, SLG = (f"SEGuidance{name}" for name in ("SAG", "PAG", "TPG", "SLG"))
-WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 SAG_BLUR = 2.0  # the node's default, in latent cells
 
 
@@ -110,8 +109,8 @@ def history_grid() -> list[Setting]:
 
 
 def shown_grid() -> list[Setting]:
-    """Return the columns of `dev.py demo`: what `evaluate` chose, and what is too much."""
-    return [off(), seg(2.0, 0.25), seg(math.inf, 0.5), seg(math.inf, 3.0)]
+    """Return the columns of `dev.py demo`: off, and the best SEG setting that `evaluate` found."""
+    return [off(), seg(2.0, 0.25)]
 
 
 def checkpoint_grid(sigmas: Sequence[float], scales: Sequence[float]) -> list[Setting]:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dev import stock_checkpoint
-from dev.host import Server, link_file
+from dev.host import Server
+from dev.machine import link_file
 
 PICTURE = "example.png"
 
