@@ -32,11 +32,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="render the comparison off / 1 / 4 / infinite"))
+    _add_demo(commands.add_parser("demo", help="render images without and with SEG"))
     _add_evaluate(commands.add_parser("evaluate", help="measure what guidance does to images"))
     test = commands.add_parser(
-        "test", help="run every test; arguments go to pytest", allow_abbrev=False
+        "test", help="run the tests; other arguments go to pytest", allow_abbrev=False
     )
+    test.add_argument("--all", action="store_true", help="with the long ones: before a release")
     test.add_argument("--comfyui", metavar="VERSION", help="with arguments: run on this version")
     serve = commands.add_parser("serve", help="open ComfyUI with the pack installed")
     serve.add_argument("--port", type=int, default=8188)

@@ -1,4 +1,4 @@
-"""What all tests share: the import order, the pack under a private name, and skips that say why."""
+"""What all tests share: the import order, the pack under a private name, and which tests run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDS_COMFYUI = ("host", "server", "browser")
 def _order_import_path() -> None:
     """Put the repository last: in front, its `nodes/` would shadow ComfyUI's `nodes.py`."""
     others = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    sys.path[:] = [*others, str(ROOT)]
+    sys.path[:] = [*others, str(ROOT), str(ROOT / "tests")]  # `choice` lies in the latter
 
 
 def _leave_in_order_when_terminated() -> None:
@@ -84,8 +84,19 @@ def _needs_comfyui(path: Path) -> bool:
     return is_test and path.parent.name in NEEDS_COMFYUI
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test by the folder it lies in."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the long tests run too."""
+    parser.addoption("--all", action="store_true", help="run also what is marked `long`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test by the folder it lies in, and leave out the long ones unless asked for."""
     for item in items:
         if item.path.parent.name in NEEDS_COMFYUI:
             item.add_marker(item.path.parent.name)
+    if config.getoption("--all"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 
 import comfy.samplers
 import torch
-from dit_oracle import block_modules
 from host_models import PACK
 
 NODES = {
@@ -35,16 +35,26 @@ def guide(method, model, scale=1.0, start=0.0, end=1.0, **widgets):
 
 
 def guided_by_hand(model, worse, scale=1.0, side="cond"):
-    """Return a model guided away from predictions under `worse(step)`, a context of hooks."""
+    """Return a model guided away from predictions under `worse(step)`, a context of hooks.
+
+    Args:
+        model: the model to guide.
+        worse: takes the number of the step, from 1.
+        scale: guidance weight.
+        side: `"cond"`, `"uncond"`, or `"free"`, in which the uncond prediction is the worse one.
+    """
     steps = []
 
     def guide(args):
         steps.append(None)
         options = args["model_options"].copy()
+        conds = args["uncond" if side == "free" else side]
         with worse(len(steps)):
             (bad,) = comfy.samplers.calc_cond_batch(
-                args["model"], [args[side]], args["input"], args["sigma"], options
+                args["model"], [conds], args["input"], args["sigma"], options
             )
+        if side == "free":
+            return bad + (args["cond_scale"] + scale) * (args["cond_denoised"] - bad)
         return args["denoised"] + scale * (args[side + "_denoised"] - bad)
 
     guided = model.clone()
@@ -102,6 +112,8 @@ def permuted(modules, matrices):
     def hook(matrix):
         def before(_module, args, kwargs):
             def shuffled(value):
+                if isinstance(value, tuple):  # pictures and sound
+                    return tuple(map(shuffled, value))
                 if not torch.is_tensor(value) or value.ndim < 3:
                     return value
                 tokens = value.flatten(1, -2)
@@ -110,7 +122,8 @@ def permuted(modules, matrices):
                     return value
                 return torch.einsum("ij,bjc->bic", whole.to(tokens), tokens).reshape(value.shape)
 
-            return tuple(map(shuffled, args)), {k: shuffled(v) for k, v in kwargs.items()}
+            named = {k: shuffled(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+            return tuple(map(shuffled, args)), named
 
         return before
 
@@ -153,4 +166,50 @@ def transformer_blocks(model, *places):
     return found
 
 
-__all__ = ["block_modules"]
+# Self-Attention Guidance.
+
+
+def blurred_by_loops(image, sigma):
+    """Return planes blurred by 9 taps of a Gaussian, fewer on short axes, reflected at borders."""
+    for axis in (-2, -1):
+        n = image.shape[axis]
+        taps = min(9, n - (n % 2 - 1))
+        half = taps // 2
+        weights = [math.exp(-0.5 * ((t - half) / sigma) ** 2) for t in range(taps)]
+        lines = []
+        for i in range(n):
+            total = 0
+            for t, weight in enumerate(weights):
+                j = i + t - half
+                j = -j if j < 0 else 2 * (n - 1) - j if j >= n else j
+                total = total + weight * image.select(axis, j)
+            lines.append(total / sum(weights))
+        image = torch.stack(lines, axis)
+    return image
+
+
+def blurred_where_attended(model, attention, scale, sigma):
+    """Return a model guided away from what it predicts where its own prediction was blurred.
+
+    Args:
+        model: the model to guide, at cfg 1.
+        attention: returns the attention over the latent that was seen since the last time, 1 on
+            average.
+        scale: guidance weight.
+        sigma: blur width in latent cells.
+    """
+
+    def guide(args):
+        x0, x = args["cond_denoised"].double(), args["input"].double()
+        mask = (attention() > 1.0).double().expand_as(x0)
+        assert 0 < mask.mean() < 1
+        degraded = mask * blurred_by_loops(x0, sigma) + (1 - mask) * x0
+        (again,) = comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], (x + degraded - x0).to(args["input"]), args["sigma"],
+            args["model_options"],
+        )  # fmt: skip
+        return (x0 + scale * (degraded - again)).to(args["denoised"])
+
+    guided = model.clone()
+    guided.set_model_sampler_post_cfg_function(guide)
+    return guided

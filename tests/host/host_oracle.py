@@ -14,7 +14,7 @@ import comfy.model_patcher
 import comfy.samplers
 import numpy as np
 import torch
-from host_models import sample, seg
+from host_models import noise_like, sample, seg
 
 
 @functools.cache
@@ -54,6 +54,25 @@ def _mirror(cell, size, kernel):
         else:
             cell = -cell if cell < 0 else 2 * (size - 1) - cell
     return cell
+
+
+def blur_by_loops(image, sigma):
+    """Blur the last two axes by a Gaussian of 9 taps, fewer on short ones, reflected at borders."""
+    for axis in (-2, -1):
+        n = image.shape[axis]
+        taps = min(9, n - (n % 2 - 1))
+        half = taps // 2
+        weights = [math.exp(-0.5 * ((t - half) / sigma) ** 2) for t in range(taps)]
+        lines = []
+        for i in range(n):
+            total = 0
+            for t, weight in enumerate(weights):
+                j = i + t - half
+                j = -j if j < 0 else 2 * (n - 1) - j if j >= n else j
+                total = total + weight * image.select(axis, j)
+            lines.append(total / sum(weights))
+        image = torch.stack(lines, axis)
+    return image
 
 
 def dense_attention(query, key, value, heads, blur, mask=None):
@@ -129,6 +148,15 @@ def dense_seg(
     guided.pushes = []  # how far each step was moved
     guided.set_model_sampler_post_cfg_function(guide)
     return guided
+
+
+def clip_prompts():
+    """Return the two prompts of a clip, as options of `sample`."""
+    positive, negative = (
+        [[noise_like((1, 1, 64), seed), {"pooled_output": noise_like((1, 64), seed)}]]
+        for seed in (1, 2)
+    )
+    return {"positive": positive, "negative": negative}
 
 
 def deviation(ours, theirs):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 
 import pytest
 import torch
+from choice import some
 from dit_models import available, sample_dit, tiny_dit
 from dit_oracle import block_modules, selector, shape_of
 from family_oracle import guide
+from host_models import sample, tiny_model
 from host_oracle import deviation
-from reuse_checks import ROUNDING, difference, exact_model, outcome, reported
+from reuse_checks import ROUNDING, reported
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,13 +38,8 @@ class Graphs:
         return run
 
 
-def names_of(model, blocks):
-    """Return the names of some modules below the host's model."""
-    return [name for name, module in model.model.named_modules() if module in blocks]
-
-
 def by_the_host(model, names, graphs):
-    """As nodes that compile blocks by ComfyUI's own means."""
+    """As nodes that compile by ComfyUI's own means."""
     node = importlib.import_module("comfy_extras.nodes_torch_compile")
     helpers = importlib.import_module("comfy_api.torch_helpers")
     model = model.clone()
@@ -51,7 +49,7 @@ def by_the_host(model, names, graphs):
 
 
 def by_objects(model, names, graphs):
-    """As nodes that put compiled blocks in the place of the model's."""
+    """As nodes that put compiled parts in the place of the model's."""
     model = model.clone()
     for name in names:
         block = model.get_model_object(name)
@@ -59,126 +57,97 @@ def by_objects(model, names, graphs):
     return model
 
 
-def blocks_in_place(model, names, graphs):
-    """As nodes that compile blocks where they are."""
+def in_place(model, names, graphs):
+    """As nodes that compile parts where they are."""
     for name in names:
         model.get_model_object(name).compile(backend=graphs)
     return model
 
 
+WAYS = {"by the host": by_the_host, "by objects": by_objects, "in place": in_place}
 METHODS = {
-    "SEG": lambda model, blocks, **own: guide("SEG", model, 3.0, blocks=blocks, **own),
-    "TPG": lambda model, blocks, **own: guide("TPG", model, 3.0, blocks=blocks, **own),
-    "SLG": lambda model, blocks, **own: guide("SLG", model, 3.0, blocks=blocks, **own),
-    "SAG": lambda model, blocks, **own: guide("SAG", model, 0.5, blocks=blocks, **own),
-    "free": lambda model, blocks, **own: guide(
-        "SEG", model, 3.0, blocks=blocks, branch="free", **own
-    ),
+    "SEG": functools.partial(guide, "SEG", scale=3.0),
+    "TPG": functools.partial(guide, "TPG", scale=3.0),
+    "SLG": functools.partial(guide, "SLG", scale=3.0),
+    "SAG": functools.partial(guide, "SAG", scale=0.5),
+    "free": functools.partial(guide, "SEG", scale=3.0, branch="free"),
+    "whole": functools.partial(guide, "SEG", scale=3.0, reuse=False),
 }
-
-
 CHANGED = 1
+"""The block that guidance changes; this one and the next are compiled."""
+STEPS = 3
 
 
-def run(kind, method, way, *, order="before", steps=2, cfg=4.0, reuse=True, all_blocks=True):
-    """Return the latents of a tiny transformer, its report, and its graphs.
-
-    Two blocks are compiled, or the one of them that guidance does not change.
-    """
+def run(kind, method, way, *, order="before", cfg=4.0, first=CHANGED):
+    """Return the latents of a tiny transformer, what its run did, and its graphs."""
     model, graphs = tiny_dit(kind), Graphs()
-    blocks = selector(model, kind, [CHANGED])
-    modules = block_modules(model, kind)[CHANGED if all_blocks else CHANGED + 1 : CHANGED + 2]
-    names = names_of(model, modules)
-    own = {"reuse": False} if not reuse and method != "SAG" else {}
-    guided = functools.partial(METHODS[method], blocks=blocks, **own) if method else lambda m: m
-    if way and order == "before":
-        model = guided(way(model, names, graphs))
-    else:
-        model = way(guided(model), names, graphs) if way else guided(model)
+    modules = block_modules(model, kind)[first : CHANGED + 2]
+    names = [name for name, module in model.model.named_modules() if module in modules]
+    guided = lambda model: model  # noqa: E731
+    if method:
+        guided = functools.partial(METHODS[method], blocks=selector(model, kind, [CHANGED]))
+    compiled = (lambda model: WAYS[way](model, names, graphs)) if way else lambda model: model
+    model = guided(compiled(model)) if order == "before" else compiled(guided(model))
     model.set_model_sampler_post_cfg_function(
         lambda args: graphs.in_steps.append(graphs.made) or args["denoised"]
     )
-    with reported() as reports:
-        latents = sample_dit(model, kind, shape_of(kind, (3, 4)), steps=steps, cfg=cfg)
-    return latents, reports[0][0] if reports else None, graphs
+    with reported() as counts:
+        latents = sample_dit(model, kind, shape_of(kind, (3, 4)), steps=STEPS, cfg=cfg)
+    return latents, counts, graphs
 
 
-@pytest.mark.parametrize(
-    ("way", "method", "order", "cfg"),
-    [
-        (by_the_host, "SEG", "before", 4.0),
-        (by_the_host, "SLG", "after", 1.0),
-        (by_objects, "TPG", "after", 4.0),
-        (blocks_in_place, "SEG", "after", 1.0),
-    ],
-)
-def test_compiled_blocks_stay_compiled_but_for_those_that_are_changed(way, method, order, cfg):
-    expected, _, _ = run("flux", method, None, cfg=cfg)
-    plain, _, others = run("flux", None, way, cfg=cfg, all_blocks=False)
-    found, report, graphs = run("flux", method, way, cfg=cfg, order=order)
-    assert not report.full, report.full
-    assert sum(report.shared.values()) == 2
-    assert graphs.runs == others.runs > 0
-    assert deviation(found, expected) <= ROUNDING
-    assert deviation(expected, plain) > 1e-3
+CASES = [
+    ("flux", "SEG", "by the host", "before", 4.0),
+    ("flux", "SEG", "in place", "after", 1.0),
+    ("flux", "TPG", "by objects", "after", 4.0),
+    ("flux", "SLG", "by the host", "after", 1.0),
+    ("flux", "SAG", "by the host", "before", 4.0),
+    ("flux", "whole", "by the host", "before", 4.0),
+    ("wan", "SEG", "by the host", "before", 4.0),
+    ("zimage", "SLG", "by the host", "before", 4.0),
+    ("ltxv", "free", "by objects", "before", 4.0),
+]
 
 
 @pytest.mark.current_only
-@pytest.mark.parametrize(
-    ("kind", "method", "way"),
-    [
-        ("flux", "SEG", by_objects),
-        ("flux", "SAG", by_the_host),
-        ("wan", "SEG", by_the_host),
-        ("zimage", "SLG", by_the_host),
-        ("ltxv", "free", by_objects),
-    ],
-)
-def test_nothing_is_compiled_anew_in_later_steps(kind, method, way):
-    if not available(kind):
-        pytest.skip("not in this ComfyUI")
-    expected, _, _ = run(kind, method, None, steps=3)
-    found, _, graphs = run(kind, method, way, steps=3)
+@pytest.mark.parametrize("case", some([c for c in CASES if available(c[0])], *CASES[:3]), ids=str)
+def test_blocks_stay_compiled_but_for_those_that_are_changed(case):
+    kind, method, way, order, cfg = case
+    expected, _, _ = run(kind, method, None, cfg=cfg)
+    plain, _, others = run(kind, None, way, cfg=cfg, first=CHANGED + 1)
+    found, counts, graphs = run(kind, method, way, cfg=cfg, order=order)
     assert deviation(found, expected) <= ROUNDING
-    first, second, third = graphs.in_steps
-    assert 0 < first <= second == third
+    assert deviation(expected, plain) > 1e-3
+    first, *later = graphs.in_steps
+    assert first > 0
+    assert later[:-1] == later[1:], "nothing is compiled anew in later steps"
+    if method in ("SEG", "TPG", "SLG"):
+        assert (counts.shared, counts.reasons) == (STEPS, set())
+        assert graphs.runs == others.runs > 0
 
 
 @pytest.mark.current_only
 def test_blocks_before_the_change_run_the_graphs_that_the_plain_model_made():
     model, graphs = tiny_dit("flux"), Graphs()
-    first = block_modules(model, "flux")[:CHANGED]
-    model = by_objects(model, names_of(model, first), graphs)
+    model = by_objects(model, ["diffusion_model.double_blocks.0"], graphs)
     shape = shape_of("flux", (3, 4))
     sample_dit(model, "flux", shape)
     made, runs = graphs.made, graphs.runs
-    sample_dit(guide("SEG", model, blocks=f"double.{CHANGED}"), "flux", shape)
+    sample_dit(guide("SEG", model, blocks="double.1"), "flux", shape)
     assert (graphs.made, graphs.runs) == (made, 2 * runs)
 
 
-@pytest.mark.current_only
-def test_a_whole_pass_keeps_the_compiled_blocks_too():
-    expected, _, _ = run("flux", "SEG", None, reuse=False)
-    found, _, graphs = run("flux", "SEG", by_the_host, reuse=False)
-    assert deviation(found, expected) <= ROUNDING
-    plain, others = (
-        run("flux", None, by_the_host, all_blocks=every)[2].runs for every in (True, False)
-    )
-    assert graphs.runs == plain + others
-
-
 def test_an_interruption_leaves_compiled_blocks_as_they_were():
-    model, graphs = tiny_dit("flux"), Graphs()
+    model = tiny_dit("flux")
     blocks = block_modules(model, "flux")
-    guided = guide(
-        "SEG", blocks_in_place(model, names_of(model, blocks), graphs), blocks="single.1"
-    )
+    names = [f"diffusion_model.{name}" for name in ("double_blocks.0", "single_blocks.1")]
+    guided = guide("SEG", in_place(model, names, Graphs()), blocks="single.1")
     compiled = [block._compiled_call_impl for block in blocks]
 
     def interrupt(*_):
         raise RuntimeError("interrupted")
 
-    hook = blocks[3].register_forward_pre_hook(interrupt)
+    hook = blocks[4].register_forward_pre_hook(interrupt)
     with pytest.raises(RuntimeError, match="interrupted"):
         sample_dit(guided, "flux", shape_of("flux", (3, 4)))
     hook.remove()
@@ -186,41 +155,48 @@ def test_an_interruption_leaves_compiled_blocks_as_they_were():
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def in_place(model):
-    model.model.diffusion_model.compile(backend="eager")
-    return model
+# Networks that are compiled as wholes.
+
+UNET = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [0],
+        "transformer_depth_output": [0, 0]}  # fmt: skip
+SMALL = {
+    "UNet": (lambda: tiny_model("sd15", dtype=torch.float64, **UNET), sample, "m0"),
+    "Flux": (
+        lambda: tiny_dit("flux", depth=1, depth_single_blocks=1),
+        functools.partial(sample_dit, kind="flux", shape=shape_of("flux", (3, 4))),
+        "single.0",
+    ),
+}
+PARTS = {
+    "whole": ["diffusion_model"],
+    "a part of a layer": ["diffusion_model.middle_block.1.transformer_blocks.0"],
+}
 
 
-def as_an_object(model):
-    return by_objects(model, ["diffusion_model"], "eager")
+WHOLE = list(itertools.product(WAYS, SMALL, ["whole"], ["before", "after"], ["SEG"]))
+PART = [(way, "UNet", "a part of a layer", "after", "SLG") for way in WAYS]
+SHORT = [
+    ("by the host", "UNet", "whole", "before", "SEG"),
+    ("in place", "Flux", "whole", "after", "SEG"),
+    ("by objects", "Flux", "whole", "after", "SEG"),
+]
 
 
-def part_of_a_layer(model):
-    return by_objects(model, ["diffusion_model.middle_block.1.transformer_blocks.0"], "eager")
-
-
-@pytest.mark.parametrize(("method", "order"), [("SEG", "before"), ("SEG", "after"),
-                                               ("TPG", "before"), ("SLG", "after")])  # fmt: skip
-@pytest.mark.parametrize(
-    ("compiled", "reasons"),
-    [
-        (in_place, {"the model is compiled"}),
-        (as_an_object, {"the model is compiled"}),
-        (part_of_a_layer, set()),
-    ],
-)
-def test_what_is_compiled_of_a_unet_is_guided_eagerly(compiled, reasons, order, method):
-    torch._dynamo.reset()
-    small = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [0],
-             "transformer_depth_output": [0, 0]}  # fmt: skip
-    guided = functools.partial(guide, method, scale=2.0, blocks="m0")
-    expected = outcome(guided(model=exact_model("sd15", **small)), steps=2)
-    model = exact_model("sd15", **small)
-    found = outcome(
-        guided(model=compiled(model)) if order == "before" else compiled(guided(model=model)),
-        steps=2,
-    )
-    assert found.reasons == reasons
-    assert difference(found.latents, expected.latents) < 1e-5
-    plain = outcome(exact_model("sd15", **small), steps=2)
-    assert difference(expected.latents, plain.latents) > 1e-3
+@pytest.mark.parametrize("case", some([*WHOLE, *PART], *SHORT, *PART), ids=str)
+def test_what_is_compiled_as_a_whole_is_guided_eagerly(case):
+    way, network, part, order, method = case
+    build, run, blocks = SMALL[network]
+    graphs = Graphs()
+    guided = functools.partial(METHODS[method], blocks=blocks)
+    compiled = functools.partial(WAYS[way], names=PARTS[part], graphs=graphs)
+    expected, plain = run(guided(build())), run(build())
+    model = guided(compiled(build())) if order == "before" else compiled(guided(build()))
+    with reported() as counts:
+        found = run(model)
+    if part == "whole":
+        assert counts.because("compiled") == counts.full.total() > 0
+        assert graphs.runs > 0
+    else:
+        assert counts.reasons == set()
+    assert deviation(found, expected) <= ROUNDING
+    assert deviation(expected, plain) > 1e-3

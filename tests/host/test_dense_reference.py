@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from choice import each, pairs
 from host_models import sample, seg, shared_model
 from host_oracle import blur_map, dense_seg, deviation, deviation_of_node
+from reuse_checks import require_reference
 
 LARGEST = 1e-6
 
@@ -31,67 +33,60 @@ BLURS = [
 ]
 
 
-@pytest.mark.parametrize(("sigma", "kernel"), BLURS)
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_node_is_the_dense_reference_on_every_grid(size, sigma, kernel):
-    assert (
-        deviation_of_node(
-            shared_model("sd15"), sigma=sigma, kernel=kernel, size=size, batch=2, steps=1
-        )
-        <= LARGEST
+@pytest.mark.floor
+@pytest.mark.parametrize(*each(size=SIZES, blur=BLURS))
+def test_node_is_the_dense_reference_on_every_grid(size, blur):
+    sigma, kernel = blur
+    require_reference(
+        shared_model("sd15"), sigma=sigma, kernel=kernel, size=SIZES[size], batch=2, steps=1
     )
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("cfg", [1.0, 7.0])
-@pytest.mark.parametrize(("sigma", "kernel"), [(math.inf, "reference"), (1.3, "full")])
-def test_node_is_the_dense_reference_over_several_steps(sigma, kernel, cfg, reuse):
-    found = deviation_of_node(
-        shared_model("sdxl"), sigma=sigma, kernel=kernel, size=(10, 6), batch=2, steps=3, cfg=cfg,
-        node={"reuse": reuse},
-    )  # fmt: skip
-    assert found <= LARGEST
+@pytest.mark.parametrize(
+    *pairs(blur=[BLURS[0], (1.3, "full")], cfg=[1.0, 7.0], reuse=[True, False])
+)
+def test_node_is_the_dense_reference_over_several_steps(blur, cfg, reuse):
+    sigma, kernel = blur
+    require_reference(
+        sigma=sigma, kernel=kernel, size=(10, 6), batch=2, steps=3, cfg=cfg, reuse=reuse
+    )
 
 
-BLOCKS = {
-    # selector: (blocks as ComfyUI counts them, level of each in the tiny SDXL)
-    "middle": ([("middle", 0)], 1),
-    "m0": ([("middle", 0)], 1),
-    "m0.1": ([("middle", 0, 1)], 1),
-    "input": ([("input", 3)], 1),
-    "d0.0": ([("input", 3, 0)], 1),
-    "u0": ([("output", 0)], 1),
-    "u0.1, u1": ([("output", 0, 1), ("output", 1)], 1),
-    "output": ([("output", 0), ("output", 1)], 1),
-    "middle,u1.0": ([("middle", 0), ("output", 1, 0)], 1),
+SDXL = {
+    # selector: blocks as ComfyUI counts them
+    "middle": [("middle", 0)],
+    "m0": [("middle", 0)],
+    "m0.1": [("middle", 0, 1)],
+    "input": [("input", 3)],
+    "d0.0": [("input", 3, 0)],
+    "u0": [("output", 0)],
+    "u0.1, u1": [("output", 0, 1), ("output", 1)],
+    "output": [("output", 0), ("output", 1)],
+    "middle,u1.0": [("middle", 0), ("output", 1, 0)],
 }
+SD15 = {
+    "d0": [("input", 1)], "d1": [("input", 3)], "middle": [("middle", 0)], "u0": [("output", 0)],
+    "u1": [("output", 1)], "u3": [("output", 3)], "d0,u3": [("input", 1), ("output", 3)],
+    "d1,m0": [("input", 3), ("middle", 0)],
+}  # fmt: skip
+FINEST = ("d0", "u3", "d0,u3")
 
 
-@pytest.mark.parametrize("sigma", [math.inf, 1.3])
-@pytest.mark.parametrize("selector", BLOCKS)
-def test_selected_blocks_are_those_that_the_dense_reference_smooths(selector, sigma):
-    blocks, level = BLOCKS[selector]
-    found = deviation_of_node(
-        shared_model("sdxl"), sigma=sigma, size=(6, 10), steps=1,
-        node={"blocks": selector}, dense={"blocks": blocks, "level": level},
+@pytest.mark.parametrize(*each(selector=SDXL, sigma=[math.inf, 1.3], cfg=[7.0, 1.0]))
+def test_selected_blocks_are_those_that_the_dense_reference_smooths(selector, sigma, cfg):
+    require_reference(
+        sigma=sigma, cfg=cfg, size=(6, 10), steps=1,
+        node={"blocks": selector}, dense={"blocks": SDXL[selector]},
     )  # fmt: skip
-    assert found <= LARGEST
 
 
-def test_blocks_of_the_finest_level_are_smoothed_on_the_latent_s_own_grid():
-    found = deviation_of_node(
-        shared_model("sd15"), sigma=1.3, size=(5, 7), steps=1,
-        node={"blocks": "d0"}, dense={"blocks": [("input", 1)], "level": 0},
+@pytest.mark.parametrize(*each(selector=SD15, sigma=[math.inf, 1.3], cfg=[7.0, 1.0]))
+def test_blocks_of_each_level_are_smoothed_on_their_own_grid(selector, sigma, cfg):
+    level = 0 if selector in FINEST else 1
+    require_reference(
+        shared_model("sd15"), sigma=sigma, cfg=cfg, size=(5, 7), steps=1,
+        node={"blocks": selector}, dense={"blocks": SD15[selector], "level": level},
     )  # fmt: skip
-    assert found <= LARGEST
-
-
-def test_unconditional_branch_is_the_dense_reference_on_the_negative_prompt():
-    found = deviation_of_node(
-        shared_model("sdxl"), sigma=1.3, size=(6, 10),
-        node={"branch": "unconditional"}, dense={"side": "uncond"},
-    )  # fmt: skip
-    assert found <= LARGEST
 
 
 @pytest.mark.parametrize("sigma", [math.inf, 1.3])

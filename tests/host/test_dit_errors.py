@@ -1,21 +1,23 @@
-"""What cannot be guided says so and why; what was not reached is a warning, never silence."""
+"""Transformers that cannot be guided say so and why; pages say what the code does."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import logging
-import sys
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from dit_models import TINY, available, sample_dit, tiny_dit
-from dit_oracle import block_modules, shape_of
-from host_models import seg
-from reuse_checks import part, reported
+from choice import some
+from dit_models import ALL, KINDS, TINY, sample_dit, tiny_dit
+from dit_oracle import KEYS_TOO, PIXELS, block_modules, selector
+from family_oracle import guide
+from host_models import PACK, seg
 
-KINDS = [kind for kind in TINY if available(kind)]
+from seg_core import Block, Target, describe_targets
+
+ROOT = Path(__file__).resolve().parents[2]
 UNSUPPORTED = {
     "comfy.ldm.pixart.pixartms.PixArtMS": "PixArt",
     "comfy.ldm.hydit.models.HunYuanDiT": "HunyuanDiT",
@@ -26,6 +28,19 @@ UNSUPPORTED = {
 }
 
 
+def table():
+    return importlib.import_module(f"{PACK}.nodes.host.networks.dit.families")
+
+
+def host_class(path):
+    """Return a class of the host by its path, or None where this ComfyUI has none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
 def model_around(network):
     """Return what the node needs of a model whose network is never run."""
     return SimpleNamespace(model=SimpleNamespace(), get_model_object=lambda _name: network)
@@ -33,16 +48,14 @@ def model_around(network):
 
 @pytest.mark.parametrize("path", UNSUPPORTED)
 def test_a_family_out_of_reach_is_an_error_that_names_it_and_says_why(path):
-    module, _, name = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except ImportError:
+    cls = host_class(path)
+    if cls is None:
         pytest.skip("this ComfyUI has no such family")
     network = cls.__new__(cls)
     torch.nn.Module.__init__(network)
     with pytest.raises(ValueError, match=f"{UNSUPPORTED[path]} models .*: ") as error:
         seg(model_around(network))
-    assert name in str(error.value)
+    assert cls.__name__ in str(error.value)
 
 
 def test_an_unknown_network_is_an_error_that_says_how_to_report_it():
@@ -50,97 +63,127 @@ def test_an_unknown_network_is_an_error_that_says_how_to_report_it():
         seg(model_around(torch.nn.Linear(2, 2)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_class_and_the_blocks_of_every_row_exist(kind):
-    model = tiny_dit(kind)
-    network = part("networks").network_of(model, "SEG")
-    assert len(network.catalogue) == len(block_modules(model, kind))
-    assert network.targets("auto")
-    assert network.targets(network.describe(network.targets("auto"))) == network.targets("auto")
+def test_blocks_and_heads_that_do_not_exist_are_errors_that_list_what_does():
+    with pytest.raises(ValueError, match=r"double\.0-1, single\.0-2"):
+        seg(tiny_dit("flux"), blocks="double.7-9")
+    with pytest.raises(ValueError, match="this model has 0-4"):
+        seg(tiny_dit("sd3"), blocks="7-9")
+    with pytest.raises(ValueError, match=r"block double\.1 has 2 heads.*no head 2"):
+        seg(tiny_dit("flux"), blocks="double.1:h2")
+
+
+@pytest.mark.skipif("pixeldit" not in KINDS, reason="this ComfyUI has no such network")
+def test_blocks_that_the_image_does_not_enter_are_refused():
+    with pytest.raises(ValueError, match=r"do not enter block pixel\.0"):
+        guide("TPG", tiny_dit("pixeldit"), blocks="pixel.0")
+
+
+@pytest.mark.skipif("hidream_o1" not in KINDS, reason="this ComfyUI has no such network")
+@pytest.mark.parametrize("method", ["TPG", "SLG"])
+def test_blocks_that_hand_on_more_than_tokens_are_refused(method):
+    with pytest.raises(ValueError, match=r"block 1 of HiDream-O1\. Choose other blocks of 0-3"):
+        guide(method, tiny_dit("hidream_o1"), blocks="1")
+
+
+PICTURES = [k for k in KINDS if not TINY[k].frames or k in ("qwen", "krea2", "joyimage")]
+
+
+@pytest.mark.parametrize("kind", some(PICTURES, "flux", "qwen"))
+def test_image_models_have_no_time_and_say_so(kind):
+    with pytest.raises(ValueError, match=r"smooths over the frames of a video, and .* single pic"):
+        seg(tiny_dit(kind), axes="time")
+
+
+def test_a_video_of_one_frame_says_so_once_and_changes_nothing(caplog):
+    model, shape = tiny_dit("wan"), (1, 16, 1, 6, 8)
+    guided = sample_dit(seg(model, axes="time"), "wan", shape)
+    assert torch.equal(sample_dit(model, "wan", shape), guided)
+    assert sum("there is one frame" in message for message in caplog.messages) == 1
+    assert not any("had no effect" in message for message in caplog.messages)
+
+
+# The table of families, the page of it, and the help.
 
 
 def test_each_row_of_the_table_is_a_class_of_the_newest_comfyui(comfy_host):
-    families = part("networks.dit.families").FAMILIES
-    missing = []
-    for family in families:
-        module, _, name = ("comfy.ldm." + family.network).rpartition(".")
-        try:
-            found = hasattr(importlib.import_module(module), name)
-        except ImportError:
-            found = False
-        missing += [] if found else [family.name]
+    families = table().FAMILIES
+    missing = [each.name for each in families if host_class("comfy.ldm." + each.network) is None]
     if comfy_host.version >= (0, 30):
         assert not missing
     assert len({family.network for family in families}) == len(families)
 
 
-@pytest.mark.parametrize(
-    ("depth", "blocks"), [(24, range(7, 10)), (38, range(11, 16)), (57, range(17, 23)), (1, [0])]
+@pytest.mark.parametrize("kind", ALL)
+def test_every_block_of_a_family_and_every_method_of_the_page_can_be_had(kind):
+    model = tiny_dit(kind)
+    last = len(block_modules(model, kind)) - 1
+    assert seg(model, blocks=selector(model, kind, range(last + 1))) is not model
+    first = selector(model, kind, [0])
+    beyond = first.replace("0", "99")
+    with pytest.raises(ValueError, match="this model has"):
+        seg(model, blocks=f"{first},{beyond}")
+    if kind in KEYS_TOO:
+        assert guide("SLG", model, what="attention") is not model
+        return
+    assert guide("SAG", model) is not model
+    assert guide("SLG", model) is not model
+    assert guide("TPG", model, **({"blocks": "patch"} if kind in PIXELS else {})) is not model
+
+
+UNETS = (
+    "| SD1.x, SD2.x, SDXL and other UNets | yes | no: single pictures | yes | yes | middle block |",
+    "| Stable Video Diffusion | yes | yes | yes | yes | middle block |",
 )
-def test_auto_is_a_middle_range_of_the_depth(depth, blocks):
-    table = part("networks.dit.families")
-    assert list(table.auto_range(table.FAMILIES[0], depth)) == list(blocks)
 
 
-def test_a_block_that_does_not_exist_is_an_error_that_lists_what_does():
-    with pytest.raises(ValueError, match=r"double\.0-1, single\.0-2"):
-        seg(tiny_dit("flux"), blocks="double.7-9")
-    with pytest.raises(ValueError, match="this model has 0-4"):
-        seg(tiny_dit("sd3"), blocks="7-9")
+def row(family):
+    """Return one row of the page, from what the code knows of a family."""
+    if family.unsupported:
+        return f"| {family.name} | none: {family.unsupported} | | | | |"
+    time = "yes" if family.video else "no: single pictures"
+    unknown = [part for part in family.parts if part not in family.carried]
+    lacking = [p for p, c in family.carried.items() if c.image is None]
+    shuffled = "yes"
+    if unknown:
+        shuffled = "no: its blocks hand on more than tokens"
+    elif lacking:
+        shuffled = f"yes, but not in `{lacking[0]}`: the image's tokens do not enter there"
+    skip = "middle range"
+    if unknown:
+        skip = "attention only: its blocks hand on more than tokens"
+    elif family.skip:
+        skip = f"`{', '.join(map(str, family.skip))}`".replace("7, 8, 9", "7-9")
+    mask = "only without sound: both share a latent" if "LTX-2" in family.name else "yes"
+    return f"| {family.name} | yes | {time} | {mask} | {shuffled} | {skip} |"
 
 
-def without_options(monkeypatch, module, name):
-    """Let a family's attention no longer pass on the host's options."""
-    original = getattr(sys.modules[module], name)
-
-    def attention(*args, transformer_options=None, **kwargs):
-        del transformer_options
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(sys.modules[module], name, attention)
+def test_the_page_has_a_row_for_each_family_that_says_what_the_code_does():
+    lines = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if line.startswith("| ") and "SEG, PAG" not in line]
+    assert found == [*UNETS, *map(row, table().FAMILIES)]
 
 
-HOOKS = {
-    "flux": ("comfy.ldm.flux.layers", "attention"),
-    "sd3": ("comfy.ldm.modules.diffusionmodules.mmdit", "optimized_attention"),
-    "wan": ("comfy.ldm.wan.model", "optimized_attention"),
-    "hidream": ("comfy.ldm.hidream.model", "optimized_attention"),
-}
+AUTO = re.compile(r"^\| ([^|`]+) \| (\d+)(?: \+ (\d+))? \| `([\w., -]+)` \|$", re.MULTILINE)
+NAMES = {"Flux.1": "Flux", "Z-Image": "Z-Image", "Wan 14B": "Wan", "SD3.5 Medium": "SD3.5"}
 
 
-@pytest.mark.parametrize("kind", HOOKS)
-def test_a_family_whose_hook_is_gone_warns(kind, monkeypatch, caplog):
-    without_options(monkeypatch, *HOOKS[kind])
-    with caplog.at_level(logging.WARNING):
-        sample_dit(seg(tiny_dit(kind)), kind, shape_of(kind, (3, 4)))
-    (message,) = [r.getMessage() for r in caplog.records if "never reached" in r.getMessage()]
-    assert "was never reached" in message
-
-
-def test_a_latent_that_does_not_fit_the_sequence_counts_as_a_miss(monkeypatch, caplog):
-    """As when a network's tokens are no longer laid out as the table says."""
-    view = part("networks.dit.dit").DiT
-    original = view.layout
-    monkeypatch.setattr(
-        view, "layout", lambda *args: dataclasses.replace(original(*args), beside=10_000)
-    )
-    with caplog.at_level(logging.WARNING):
-        sample_dit(seg(tiny_dit("wan")), "wan", shape_of("wan", (3, 4)))
-    assert "was never reached" in caplog.text
-
-
-def test_another_node_that_skips_the_block_is_a_warning(caplog):
-    model = tiny_dit("flux").clone()
-    model.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)
-    with caplog.at_level(logging.WARNING):
-        sample_dit(seg(model, blocks="double.1"), "flux", shape_of("flux", (3, 4)))
-    assert "block double.1 was never reached" in caplog.text
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_targeted_block_is_hit_in_every_pass(kind):
-    with reported() as reports:
-        sample_dit(seg(tiny_dit(kind)), kind, shape_of(kind, (3, 4)))
-    ((report, (branch,)),) = reports
-    assert report.calls[branch] == 2
-    assert {report.hits[branch, target] for target in branch.perturbation.targets} == {2}
+@pytest.mark.parametrize(
+    "page", ["SEGuidance.md", *(f"SEGuidance/{n}.md" for n in ("zh", "ja", "ko"))]
+)
+def test_auto_is_what_the_help_page_says(page):
+    rows = AUTO.findall((ROOT / "web" / "docs" / page).read_text(encoding="utf-8"))
+    assert len(rows) == 7
+    for model, *depths, auto in rows:
+        name = NAMES.get(model.split(",")[0], model.split(",")[0])
+        family = next(
+            each for each in table().FAMILIES if name in each.name.replace(" / ", ", ").split(", ")
+        )
+        sizes = [int(depth) for depth in depths if depth]
+        blocks = [
+            Block(part, i)
+            for part, size in zip(family.parts, sizes, strict=True)
+            for i in range(size)
+        ]
+        chosen = [blocks[n] for n in table().auto_range(family, len(blocks))]
+        targets = [Target(block.part, block.index) for block in chosen]
+        assert describe_targets(targets, blocks) == auto, model

@@ -9,6 +9,7 @@ import comfy_extras.nodes_custom_sampler as custom
 import nodes
 import pytest
 import torch
+from choice import each
 from host_models import (
     conditioning,
     core_node,
@@ -19,6 +20,7 @@ from host_models import (
     shared_model,
 )
 from host_oracle import dense_seg, deviation, deviation_of_node
+from reuse_checks import reported
 
 SIZE = (6, 10)
 POSITIVE, MIDDLE, NEGATIVE = (conditioning(seed) for seed in (1, 3, 2))
@@ -71,14 +73,22 @@ GUIDERS = {
 }
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("guider", GUIDERS.values(), ids=GUIDERS)
+@pytest.mark.parametrize(*each(guider=GUIDERS, reuse=[True, False]))
 def test_every_guider_gives_what_the_dense_reference_gives(guider, reuse):
     found = deviation_of_node(
         shared_model(), sigma=1.3, size=SIZE, node={"reuse": reuse},
-        run=lambda model, size: custom_sampling(model, guider),
+        run=lambda model, size: custom_sampling(model, GUIDERS[guider]),
     )  # fmt: skip
     assert found <= LARGEST
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_guider_of_three_prompts_shares_from_the_first_step(nested, comfy_host):
+    guider = GUIDERS["DualCFGGuider nested" if nested else "DualCFGGuider regular"]
+    with reported() as counts:
+        custom_sampling(seg(shared_model()), guider, steps=3)
+    if comfy_host.version >= (0, 17):
+        assert (counts.shared, counts.reasons) == (3, set())
 
 
 @pytest.mark.parametrize("name", ["DualCFGGuider regular", "DualCFGGuider nested", "PerpNegGuider"])
@@ -214,7 +224,7 @@ def test_guider_that_asks_for_no_conditional_prediction_is_left_alone_with_a_war
     guider = dual_cfg(1.0, 1.0, "regular")
     found = custom_sampling(seg(shared_model()), guider)
     assert torch.equal(found, custom_sampling(shared_model(), guider))
-    assert "no conditioning is active" in caplog.text
+    assert "this guider makes no cond prediction" in caplog.text
 
 
 @pytest.mark.parametrize("cfg_value", [0.0, 1.0, 2.5, 9.0])

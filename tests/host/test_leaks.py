@@ -1,17 +1,33 @@
-"""Nothing is left behind: on the model, after an error, in memory, between threads."""
+"""Nothing is left behind: on the model, after an error, in memory, between threads and devices."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
+import inspect
 import threading
+import weakref
 
 import comfy.model_management
 import pytest
 import torch
-from host_models import sample, seg, shared_model, tiny_model
+from choice import each, some
+from family_oracle import guide
+from host_models import PACK, sample, seg, shared_model, tiny_model
 from host_oracle import deviation
+from neighbours import WRAPPERS, momentum, wrapped
 
 SIZE = (6, 8)
+MODEL_PARTS = (
+    "model_options", "wrappers", "callbacks", "patches", "object_patches", "attachments",
+    "additional_models", "injections", "hook_patches", "forced_hooks",
+)  # fmt: skip
+sag = functools.partial(guide, "SAG", scale=0.5)
+
+
+def chain(model, *, reuse=True):
+    return guide("PAG", seg(model, sigma=1.3, blocks="u1", reuse=reuse), 2.0, reuse=reuse)
 
 
 def fingerprint(thing, seen=()):
@@ -27,53 +43,58 @@ def fingerprint(thing, seen=()):
 
 
 def state(model):
-    parts = ("model_options", "wrappers", "callbacks", "patches", "object_patches", "attachments",
-             "additional_models", "injections", "hook_patches", "forced_hooks")  # fmt: skip
-    described = {name: fingerprint(getattr(model, name)) for name in parts if hasattr(model, name)}
-    weights = model.model.state_dict()
-    network = model.model.diffusion_model
-    hooks = [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m))
-        for m in network.modules()
-    ]
-    return described, {k: float(v.double().sum()) for k, v in weights.items()}, hooks
+    """Describe all that a run might leave: on the patcher, in weights, on each module."""
+    parts = [fingerprint(getattr(model, name)) for name in MODEL_PARTS if hasattr(model, name)]
+    weights = {k: float(v.double().sum()) for k, v in model.model.state_dict().items()}
+    modules = {
+        name: (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), type(m))
+        for name, m in model.model.diffusion_model.named_modules()
+    }
+    return parts, weights, modules
 
 
-SETTINGS = [{}, {"sigma": 1.3}, {"branch": "free"}, {"branch": "unconditional"}, {"scale": 0.0},
-            {"start": 0.4}, {"reuse": False}]  # fmt: skip
+@functools.cache
+def unguided():
+    return sample(tiny_model(), size=SIZE)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+SETTINGS = {
+    "joined": chain,
+    "whole": functools.partial(chain, reuse=False),
+    "free": functools.partial(seg, branch="free"),
+    "unconditional": functools.partial(seg, branch="unconditional"),
+    "off": functools.partial(seg, scale=0.0),
+    "late": functools.partial(seg, start=0.4),
+    "SAG": sag,
+}
+
+
+@pytest.mark.floor
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_model_that_came_in_is_unchanged(settings):
-    model = tiny_model("sdxl")
+    model = tiny_model()
+    sample(model, size=SIZE, steps=1)  # ComfyUI marks the layers that it has loaded
     before = state(model)
-    guided = seg(model, **settings)
+    guided = SETTINGS[settings](model)
     assert state(model) == before
     patched = state(guided)
     sample(guided, size=SIZE)
     assert state(model) == before
     assert state(guided) == patched
-    assert torch.equal(sample(model, size=SIZE), sample(tiny_model("sdxl"), size=SIZE))
-
-
-def test_nothing_of_a_run_is_kept_on_the_model_s_options():
-    guided = seg(shared_model())
-    keys = set(guided.model_options["transformer_options"])
-    sample(guided, size=SIZE)
-    assert set(guided.model_options["transformer_options"]) == keys
+    assert torch.equal(sample(model, size=SIZE), unguided())
 
 
 class Broken(RuntimeError):
     """Planted."""
 
 
-def fail_at(model, call, error=Broken):
-    """Raise in the middle of the network in its n-th evaluation."""
+def fail_from(model, call, error):
+    """Raise in the middle of the network from its n-th evaluation on."""
     calls = []
 
     def fail(module, args):
         calls.append(1)
-        if len(calls) == call:
+        if len(calls) >= call:
             raise error
 
     return model.model.diffusion_model.output_blocks[0][0].register_forward_pre_hook(fail)
@@ -82,140 +103,174 @@ def fail_at(model, call, error=Broken):
 INTERRUPTED = comfy.model_management.InterruptProcessingException
 
 
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.floor
 @pytest.mark.parametrize(
-    ("call", "error"),
-    [(1, Broken), (2, Broken), (1, INTERRUPTED), (2, INTERRUPTED), (2, torch.OutOfMemoryError)],
+    *each(error=[Broken, INTERRUPTED, torch.OutOfMemoryError], call=[1, 2], reuse=[True, False])
 )
 def test_error_in_mid_run_leaves_the_next_run_as_a_fresh_one(call, error, reuse):
-    model = tiny_model("sdxl")
-    guided = seg(model, sigma=1.3, reuse=reuse)
-    before = state(guided)
+    model = tiny_model()
+    guided = chain(model, reuse=reuse)
     expected = sample(guided, size=SIZE)
-    handle = fail_at(model, call, error)
+    before = state(guided)
+    handle = fail_from(model, call, error)
     with pytest.raises(error):
         sample(guided, size=SIZE)
     handle.remove()
     assert state(guided) == before
     assert torch.equal(sample(guided, size=SIZE), expected)
-    assert torch.equal(sample(model, size=SIZE), sample(tiny_model("sdxl"), size=SIZE))
+    assert torch.equal(sample(model, size=SIZE), unguided())
 
 
-def test_user_s_interruption_leaves_the_next_run_as_a_fresh_one():
-    model = tiny_model("sdxl")
-    guided = seg(model)
-    expected = sample(guided, size=SIZE, steps=3)
-
-    def interrupt(step, denoised, x, total):
-        raise comfy.model_management.InterruptProcessingException
-
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        sample(guided, size=SIZE, steps=3, callback=interrupt)
-    assert torch.equal(sample(guided, size=SIZE, steps=3), expected)
-
-
-def test_error_of_another_node_s_hook_leaves_the_next_run_as_a_fresh_one():
-    model = tiny_model("sdxl")
-    guided = seg(model)
+@pytest.mark.parametrize("error", [Broken, INTERRUPTED])
+def test_error_of_another_node_leaves_the_next_run_as_a_fresh_one(error):
+    guided = seg(shared_model())
     expected = sample(guided, size=SIZE)
+
+    def fail(*_):
+        raise error
+
     broken = guided.clone()
-
-    def fail(args):
-        raise Broken
-
     broken.set_model_sampler_post_cfg_function(fail)
-    with pytest.raises(Broken):
+    with pytest.raises(error):
         sample(broken, size=SIZE)
+    with pytest.raises(error):
+        sample(guided, size=SIZE, callback=fail)
     assert torch.equal(sample(guided, size=SIZE), expected)
 
 
-def live_tensors():
-    gc.collect()
-    return sum(1 for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+# State and settings in the model's options.
+
+
+def test_what_others_write_into_the_options_stays_and_nothing_of_ours_does():
+    seen = []
+
+    def look(executor, x, timestep, options, seed):
+        seen.append((set(options), set(options["transformer_options"])))
+        return executor(x, timestep, options, seed)
+
+    model = wrapped(WRAPPERS.PREDICT_NOISE, look, outside=True)(seg(momentum(shared_model())))
+    sample(model, steps=3)
+    first, *later = seen
+    assert all(options - first[0] == {"momentum"} for options, _ in later)
+    assert all(options - first[1] == {"steps seen"} for _, options in later)
+
+
+def test_a_deep_copy_of_the_options_copies_settings_and_no_network():
+    def parameters():
+        return sum(isinstance(thing, torch.nn.Parameter) for thing in gc.get_objects())
+
+    model = chain(shared_model())
+    before = parameters()
+    clone = model.clone()
+    clone.model_options = copy.deepcopy(model.model_options)
+    assert parameters() == before
+    assert torch.equal(sample(clone, steps=2), sample(model, steps=2))
+
+
+# Memory.
+
+
+def latents_alive():
+    return sum(
+        1
+        for thing in gc.get_objects()
+        if isinstance(thing, torch.Tensor) and thing.shape[1:] == (4, *SIZE)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # asking every live object for its type wakes deprecations
+def test_no_prediction_is_kept_after_its_step():
+    def counted(model):
+        alive = []
+
+        def after_step(executor, *args):
+            out = executor(*args)
+            alive.append(latents_alive())
+            return out
+
+        sample(wrapped(WRAPPERS.PREDICT_NOISE, after_step, outside=True)(model), size=SIZE, steps=3)
+        return alive
+
+    assert counted(chain(shared_model())) == counted(shared_model())
 
 
 def growth(model, runs):
     """Return by how many objects, and how many tensors, some runs let memory grow."""
-    for _ in range(3):
+    for _ in range(2):
         sample(model, size=(4, 4), steps=1)
     gc.collect()
     gc.freeze()  # what is alive by now is neither counted nor looked at again
-    tensors, objects = live_tensors(), len(gc.get_objects())
     for _ in range(runs):
         sample(model, size=(4, 4), steps=1)
-    return len(gc.get_objects()) - objects, live_tensors() - tensors
-
-
-@pytest.mark.filterwarnings("ignore")  # asking every live object for its type wakes deprecations
-@pytest.mark.parametrize("settings", [{}, {"sigma": 1.3, "reuse": False}], ids=str)
-def test_fifty_runs_do_not_grow_memory(settings):
-    model = tiny_model("sd15")
-    # The host itself keeps a few objects for each run of any clone.
-    hosts_own, _ = growth(model.clone(), 10)
-    objects, tensors = growth(seg(model, **settings), 50)
-    assert tensors <= 0
-    assert objects <= 5 * hosts_own + 25
+    gc.collect()
+    alive = gc.get_objects()
+    return len(alive), sum(isinstance(thing, torch.Tensor) for thing in alive)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_failed_runs_keep_no_tensor_alive():
-    model = tiny_model("sd15")
-    guided = seg(model)
-    sample(guided, size=SIZE)
-
-    def failed_run():
-        handle = fail_at(model, 2)
-        try:
-            sample(guided, size=SIZE)
-        except Broken:
-            pass
-        finally:
-            handle.remove()
-
-    failed_run()
-    before = live_tensors()
-    for _ in range(5):
-        failed_run()
-    assert live_tensors() <= before
+@pytest.mark.parametrize("settings", some(SETTINGS, "joined", "SAG"))
+def test_many_runs_do_not_grow_memory(settings):
+    model = shared_model("sd15")
+    runs = 20
+    # The host itself keeps a few objects for each run of any clone.
+    hosts_own, _ = growth(model.clone(), runs)
+    objects, tensors = growth(SETTINGS[settings](model), runs)
+    assert tensors == 0
+    assert objects <= 1.5 * hosts_own + runs
 
 
-def test_two_threads_with_clones_give_what_they_give_one_after_the_other():
-    settings = [{"sigma": 1.3}, {"blocks": "u0", "scale": 2.0}]
-    first = tiny_model("sdxl")
-    guided = [seg(first, **settings[0]), seg(tiny_model("sdxl"), **settings[1])]
-    expected = [sample(model, size=SIZE, steps=4, seed=i) for i, model in enumerate(guided)]
-    found = [None, None]
-    start = threading.Barrier(2)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("guided", [chain, sag])
+def test_nothing_of_ours_waits_for_the_garbage_collector(guided):
+    model = guided(shared_model())
+    sample(model, steps=1)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        sample(model, steps=2)
+        gc.collect()
+        garbage = list(gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    # The host leaves a class for each cond and step.
+    assert not [thing for thing in garbage if isinstance(thing, torch.Tensor)]
+    of = [thing.__module__ if inspect.isfunction(thing) else type(thing).__module__
+          for thing in garbage]  # fmt: skip
+    assert not [module for module in of if str(module).startswith(PACK)]
+
+
+def test_a_guided_clone_is_gone_when_nobody_holds_it():
+    guided = chain(tiny_model())
+    sample(guided, steps=1)
+    gone = weakref.ref(guided)
+    del guided
+    gc.collect()
+    assert gone() is None
+
+
+# Threads and devices.
+
+
+def test_threads_give_what_runs_one_after_the_other_give():
+    """One network each, as clones on two devices have; two share one guidance object."""
+    shared, other = seg(tiny_model(), sigma=1.3), seg(tiny_model(), sigma=1.3)
+    other.model_options["sampler_post_cfg_function"] = list(
+        shared.model_options["sampler_post_cfg_function"]
+    )
+    runs = [(shared, (6, 8)), (other, (10, 4)), (chain(tiny_model("sd15")), (8, 6))]
+    expected = [sample(model, size=size, steps=3) for model, size in runs]
+    found = [None] * len(runs)
+    start = threading.Barrier(len(runs))
 
     def work(i):
         start.wait()
-        for _ in range(3):
-            found[i] = sample(guided[i], size=SIZE, steps=4, seed=i)
+        for _ in range(2):
+            found[i] = sample(runs[i][0], size=runs[i][1], steps=3)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert deviation(ours, theirs) <= 1e-6
-
-
-def test_one_guidance_object_serves_two_threads_at_once():
-    """Clones share the branch, so nothing of a run may lie on it."""
-    one, two = tiny_model("sdxl"), tiny_model("sdxl")
-    guided = seg(one, sigma=1.3)
-    hooks = guided.model_options["sampler_post_cfg_function"]
-    other = seg(two, sigma=1.3)
-    other.model_options["sampler_post_cfg_function"] = list(hooks)
-    runs = [(guided, (6, 8)), (other, (10, 4))]
-    expected = [sample(model, size=size, steps=4) for model, size in runs]
-    found = [None, None]
-
-    def work(i):
-        found[i] = sample(runs[i][0], size=runs[i][1], steps=4)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(runs))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -225,22 +280,22 @@ def test_one_guidance_object_serves_two_threads_at_once():
 
 
 @pytest.mark.current_only
-def test_work_split_over_two_devices_gives_what_one_device_gives():
+@pytest.mark.parametrize("branch", ["conditional", "unconditional", "free"])
+def test_work_split_over_two_devices_gives_what_one_device_gives(branch):
     """The host splits the conds over clones on two devices; here both are the same processor."""
     options = {"size": SIZE, "steps": 2, "cfg": 4.0}
-    for settings in ({"sigma": 1.3}, {"branch": "unconditional"}, {"branch": "free"}):
-        model = tiny_model("sdxl", dtype=torch.float64)
-        expected = sample(seg(model, **settings), **options)
-        model.cached_patcher_init = (lambda: tiny_model("sdxl", dtype=torch.float64), ())
-        second = model.deepclone_multigpu(torch.device("cpu", 0))
-        second.is_multigpu_base_clone = True
-        split = model.clone()
-        split.set_additional_models("multigpu", [second])
-        devices = set()
-        for part in (model, second):
-            part.model.diffusion_model.register_forward_pre_hook(
-                lambda _module, _args, part=part, devices=devices: devices.add(id(part))
-            )
-        found = sample(seg(split, **settings), **options)
-        assert len(devices) == 2
-        assert deviation(found, expected) <= 1e-6
+    model = tiny_model("sdxl", dtype=torch.float64)
+    expected = sample(seg(model, sigma=1.3, branch=branch), **options)
+    model.cached_patcher_init = (lambda: tiny_model("sdxl", dtype=torch.float64), ())
+    second = model.deepclone_multigpu(torch.device("cpu", 0))
+    second.is_multigpu_base_clone = True
+    split = model.clone()
+    split.set_additional_models("multigpu", [second])
+    devices = set()
+    for part in (model, second):
+        part.model.diffusion_model.register_forward_pre_hook(
+            lambda _module, _args, part=part: devices.add(id(part))
+        )
+    found = sample(seg(split, sigma=1.3, branch=branch), **options)
+    assert len(devices) == 2
+    assert deviation(found, expected) <= 1e-6

@@ -12,6 +12,7 @@ import comfy.utils
 import numpy as np
 import pytest
 import torch
+from choice import each
 from host_models import bare_model, seg
 
 GOLDENS = np.load(Path(__file__).parents[1] / "goldens" / "official_run.npz")
@@ -66,8 +67,8 @@ def run(index, change=lambda settings: settings, **advanced):
     return float((ours - theirs).abs().max() / theirs.std())
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("index", RUNS)
+@pytest.mark.floor
+@pytest.mark.parametrize(*each(index=RUNS, reuse=[True, False]))
 def test_node_reaches_the_latents_of_the_released_pipeline(index, reuse):
     assert run(index, reuse=reuse) < 2e-5
 

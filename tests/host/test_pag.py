@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 
-import comfy_extras.nodes_pag
 import pytest
 import torch
+from choice import pairs
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_tomesd import TomePatchModel
 from host_models import PACK, counted_calls, sample, seg, tiny_model
 
 
@@ -16,28 +19,19 @@ def pag(model, scale=3.0, start=0.0, end=1.0, **advanced):
 
 
 def core_pag(model, scale=3.0):
-    return comfy_extras.nodes_pag.PerturbedAttentionGuidance.execute(model, scale)[0]
+    return PerturbedAttentionGuidance.execute(model, scale)[0]
 
 
 def distance(a, b):
     return float((a - b).abs().max() / b.std())
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-@pytest.mark.parametrize("cfg", [1.0, 7.0])
-@pytest.mark.parametrize("size", [(8, 8), (5, 18)])
+@pytest.mark.parametrize(*pairs(kind=["sd15", "sdxl"], cfg=[1.0, 7.0], size=[(8, 8), (5, 18)]))
 def test_middle_block_equals_cores_node(kind, cfg, size):
     model = tiny_model(kind)
     theirs = sample(core_pag(model), cfg=cfg, size=size)
     assert distance(sample(pag(model), cfg=cfg, size=size), theirs) < 1e-5
     assert distance(sample(model, cfg=cfg, size=size), theirs) > 1e-3
-
-
-@pytest.mark.parametrize("blocks", ["auto", "d0", "u1", "d0,u0"])
-def test_reuse_changes_nothing(blocks):
-    model = tiny_model("sd15", dtype=torch.float64)
-    plain = sample(pag(model, blocks=blocks, reuse=False), cfg=1.0)
-    assert torch.equal(sample(pag(model, blocks=blocks), cfg=1.0), plain)
 
 
 def test_strength_runs_from_off_to_identity_and_differs_between():
@@ -50,47 +44,18 @@ def test_strength_runs_from_off_to_identity_and_differs_between():
     assert distance(nearly_full, full) < 1e-3 < distance(half, full)
 
 
-def test_strength_zero_is_off_and_says_so(caplog):
+def test_strength_zero_is_off_and_says_so_and_the_free_branch_costs_no_pass(caplog):
     model = tiny_model()
+    plain = sample(model)
     with counted_calls(model) as calls:
-        assert torch.equal(sample(pag(model, strength=0.0)), sample(model))
+        assert torch.equal(sample(pag(model, strength=0.0)), plain)
+        guided = sample(pag(model, branch="free"))
     assert calls == [2, 2, 2, 2]
     assert "strength is 0" in caplog.text
-
-
-def test_free_branch_costs_no_pass_and_perturbs_uncond_alone():
-    model = tiny_model()
-    with counted_calls(model) as calls:
-        guided = sample(pag(model, branch="free"))
-    assert calls == [2, 2]
-    assert distance(guided, sample(model)) > 1e-3
-
-
-def test_video_attention_over_time_is_left_alone():
-    model = tiny_model("svd")
-    seen = []
-
-    def record(q, k, v, extra):
-        from comfy.ldm.modules.attention import optimized_attention
-
-        seen.append(q.shape[:2])
-        return optimized_attention(q, k, v, extra["n_heads"])
-
-    model.set_model_attn1_replace(record, "middle", 0)
-    guided = pag(model)
-    sample(guided, cfg=1.0, steps=1, size=(8, 12), batch=3)
-    # 3 frames of 4x6 cells, plain and perturbed in one call: space, then time.
-    assert seen == [(6, 24), (48, 3)]
-    whole = pag(model, reuse=False)
-    seen.clear()
-    sample(whole, cfg=1.0, steps=1, size=(8, 12), batch=3)
-    assert seen[:2] == [(3, 24), (24, 3)]
-    assert (24, 3) in seen[2:], "attention over time is computed"
+    assert distance(guided, plain) > 1e-3
 
 
 def test_merged_tokens_are_refused_by_name():
-    from comfy_extras.nodes_tomesd import TomePatchModel
-
     model = TomePatchModel.execute(tiny_model("sd15"), 0.5)[0]
     with pytest.raises(ValueError, match=r"block d0 has .* HyperTile or ToMe"):
         sample(pag(model, blocks="d0"), size=(16, 16))
@@ -108,12 +73,10 @@ def test_beside_seg_the_guidances_add_and_share_one_call(order, caplog):
     apart = (sample(seg(model), **one) - off) + (sample(pag(model), **one) - off) + off
     assert distance(together, apart) < 1e-5
     lines = [m for m in caplog.messages if "model evaluations guided" in m][:2]
-    assert all("1 in the plain call of the model, 0 in whole passes" in line for line in lines)
+    assert all("1 in the same model call, 0 in extra passes" in line for line in lines)
 
 
 def test_beside_cores_own_nodes_every_guidance_stays():
-    from comfy_extras.nodes_sag import SelfAttentionGuidance
-
     model = tiny_model()
     one = {"cfg": 7.0, "steps": 1}
     off = sample(model, **one)

@@ -2,219 +2,220 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import math
 
-import comfy.samplers
+import comfy.model_base
 import pytest
 import torch
+from choice import each, some
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from host_models import PACK, conditioning, counted_calls, sample, seg, tiny_model
+from family_oracle import blurred_where_attended, guide
+from host_models import conditioning, counted_calls, sample, seg, shared_model
+from host_oracle import deviation
 
-
-def sag(model, scale=0.5, sigma=2.0, start=0.0, end=1.0, **advanced):
-    node = importlib.import_module(PACK + ".nodes.sag").SEGuidanceSAG
-    return node.execute(model, scale, sigma, start, end, **advanced)[0]
+sag = functools.partial(guide, "SAG", scale=0.5)
+SIZE = (16, 16)
 
 
 def core_sag(model, scale=0.5, sigma=2.0):
     return SelfAttentionGuidance.execute(model, scale, sigma)[0]
 
 
-def distance(a, b):
-    return float((a - b).abs().max() / b.std())
-
-
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.floor
+@pytest.mark.parametrize(*each(kind=["sd15", "sdxl"], batch=[1, 2]))
 def test_core_settings_give_cores_result(kind, batch):
-    model = tiny_model(kind)
-    options = {"size": (16, 16), "batch": batch, "cfg": 7.0}
+    model = shared_model(kind)
+    options = {"size": SIZE, "batch": batch, "cfg": 7.0}
     theirs = sample(core_sag(model), **options)
-    assert distance(sample(sag(model, branch="unconditional"), **options), theirs) < 1e-5
-    assert distance(sample(model, **options), theirs) > 1e-3
+    assert deviation(sample(sag(model, branch="unconditional"), **options), theirs) < 1e-5
+    assert deviation(sample(model, **options), theirs) > 1e-3
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"threshold": 1.1}, {"sigma": 1.8}, {"kernel": "full"}, {"mask": "everywhere"}]
+    "wrong", [{"threshold": 1.1}, {"blur_sigma": 1.8}, {"kernel": "full"}, {"mask": "everywhere"}]
 )
 def test_the_comparison_with_core_notices_a_wrong_setting(wrong):
-    model = tiny_model()
-    options = {"size": (16, 16), "cfg": 7.0}
-    theirs = sample(core_sag(model), **options)
-    ours = sample(sag(model, **{"branch": "unconditional"} | wrong), **options)
-    assert distance(ours, theirs) > 1e-4
-
-
-def split_chunks(monkeypatch):
-    """Let every cond run on its own, as when memory is short."""
-    import comfy.model_base
-
-    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_a, **_k: math.inf)
+    options = {"size": SIZE, "cfg": 7.0}
+    theirs = sample(core_sag(shared_model()), **options)
+    ours = sample(sag(shared_model(), **{"branch": "unconditional"} | wrong), **options)
+    assert deviation(ours, theirs) > 1e-4
 
 
 @pytest.mark.parametrize("branch", ["conditional", "unconditional"])
 def test_result_does_not_depend_on_how_the_host_splits_conds(branch, monkeypatch):
-    model = tiny_model()
-    options = {"size": (16, 10), "cfg": 7.0}
+    model, options = shared_model(), {"size": (16, 10), "cfg": 7.0}
     whole = sample(sag(model, branch=branch), **options)
-    split_chunks(monkeypatch)
+    # Every cond on its own, as when memory is short.
+    monkeypatch.setattr(comfy.model_base.BaseModel, "memory_required", lambda *_a, **_k: math.inf)
     with counted_calls(model) as calls:
         split = sample(sag(model, branch=branch), **options)
     assert set(calls) == {1}
-    assert distance(split, whole) < 1e-5
+    assert deviation(split, whole) < 1e-5
 
 
-def test_cfg_one_costs_two_passes():
-    model = tiny_model()
+def test_cfg_one_costs_two_passes_and_no_effect_none(caplog):
+    model = shared_model()
+    plain = sample(model, cfg=1.0)
     with counted_calls(model) as calls:
-        guided = sample(sag(model), cfg=1.0)
-    assert calls == [1, 1, 1, 1]
-    assert distance(guided, sample(model, cfg=1.0)) > 1e-3
+        assert deviation(sample(sag(model), cfg=1.0), plain) > 1e-3
+        assert calls == [1, 1, 1, 1]
+        for setting in ({"scale": 0.0}, {"blur_sigma": 0.0}):
+            calls.clear()
+            assert torch.equal(sample(sag(model, **setting), cfg=1.0), plain)
+            assert calls == [1, 1]
+    assert caplog.text.count("has no effect") == 2
+
+
+# The formula written out, with a whole map.
 
 
 def dense_mass(q, k, heads):
     """Column sums of a whole softmax map, averaged over heads."""
     q, k = (t.double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
-    attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
-    return attention.mean(1).sum(1)
+    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1).sum(1)
 
 
-def written_out(model, scale, sigma):
-    """The oracle: a dense map at the true grid, a blur by loops, the formula of the paper."""
-    seen = []
+def enlarged(mass, size):
+    """Show each token of the middle grid at its place of the latent."""
+    height, width = (-(-n // 2) for n in size)
+    rows = [int(i * height / size[0]) for i in range(size[0])]
+    columns = [int(i * width / size[1]) for i in range(size[1])]
+    return mass.reshape(-1, 1, height, width)[:, :, rows][:, :, :, columns]
+
+
+def recorded(model, seen):
+    """Return a model that notes the attention of its middle block, and the window it was in."""
 
     def record(q, k, v, extra):
-        seen.append((q, k, extra["n_heads"]))
+        seen.append((dense_mass(q, k, extra["n_heads"]), extra.get("context_window")))
         return optimized_attention(q, k, v, extra["n_heads"])
-
-    def guide(args):
-        x0, x = args["cond_denoised"].double(), args["input"].double()
-        size = x.shape[-2:]
-        height, width = (-(-n // 2) for n in size)
-        mass = dense_mass(*seen[-1]).reshape(1, 1, height, width)
-        rows = [int(i * height / size[0]) for i in range(size[0])]
-        columns = [int(i * width / size[1]) for i in range(size[1])]
-        mask = (mass > 1.0).double()[:, :, rows][:, :, :, columns]
-        assert 0 < mask.mean() < 1
-        degraded = mask * blur_by_loops(x0, sigma) + (1 - mask) * x0
-        (again,) = comfy.samplers.calc_cond_batch(
-            args["model"], [args["cond"]], (x + degraded - x0).float(), args["sigma"],
-            args["model_options"],
-        )  # fmt: skip
-        return (x0 + scale * (degraded - again)).float()
 
     model = model.clone()
     model.set_model_attn1_replace(record, "middle", 0, 0)
-    model.set_model_sampler_post_cfg_function(guide)
     return model
 
 
-@pytest.mark.parametrize("size", [(16, 16), (18, 8), (36, 4), (9, 13)])
+@pytest.mark.parametrize("size", [(16, 16), (36, 4), (9, 13)])
 def test_one_step_equals_the_formula_written_out(size):
-    model = tiny_model()
-    one = {"size": size, "steps": 1, "cfg": 1.0}
-    expected = sample(written_out(model, 0.7, 1.5), **one)
-    assert distance(sample(sag(model, 0.7, 1.5), **one), expected) < 1e-5
-    assert distance(sample(sag(model, 0.7, 1.4), **one), expected) > 1e-5
-
-
-def blur_by_loops(image, sigma):
-    """A Gaussian of 9 taps, fewer on short axes, reflected at the border."""
-    for axis in (-2, -1):
-        n = image.shape[axis]
-        taps = min(9, n - (n % 2 - 1))
-        half = taps // 2
-        weights = [math.exp(-0.5 * ((t - half) / sigma) ** 2) for t in range(taps)]
-        lines = []
-        for i in range(n):
-            total = 0
-            for t, weight in enumerate(weights):
-                j = i + t - half
-                j = -j if j < 0 else 2 * (n - 1) - j if j >= n else j
-                total = total + weight * image.select(axis, j)
-            lines.append(total / sum(weights))
-        image = torch.stack(lines, axis)
-    return image
+    seen, one = [], {"size": size, "steps": 1, "cfg": 1.0}
+    reference = blurred_where_attended(
+        recorded(shared_model(), seen), lambda: enlarged(seen[-1][0], size), 0.7, 1.5
+    )
+    expected = sample(reference, **one)
+    found, other = (sample(sag(shared_model(), scale=0.7, blur_sigma=s), **one) for s in (1.5, 1.4))
+    assert deviation(found, expected) < 1e-5 < deviation(other, expected)
 
 
 def test_areas_use_the_mask_of_their_own_prompt():
     """Two prompts side by side: each half is guided as if the mask were its own prompt's."""
-    model = tiny_model()
-    left = conditioning(1, area=(16, 8, 0, 0), strength=1.0)
-    right = conditioning(3, area=(16, 8, 0, 8), strength=1.0)
-    masses = {}
-    saliency = importlib.import_module(PACK + ".nodes.host.sampling.saliency")
-    original = saliency.attention_over_latent
+    seen = []
+    pair = conditioning(1, area=(16, 8, 0, 0)) + conditioning(3, area=(16, 8, 0, 8))
 
-    def spy(blur, run, x, sigma, conds, model_options):
-        result = original(blur, run, x, sigma, conds, model_options)
-        masses["whole"] = result
-        for cond in conds:
-            ((_, layers),) = run.masses[(blur, cond["uuid"])].parts.values()
-            (mass,) = layers.values()
-            grid = mass.grid
-            masses[cond["area"][3]] = mass.mass.reshape(1, 1, grid.height, grid.width)
-        return result
+    def attention():
+        masses = torch.cat([mass for mass, _ in seen])[:2]  # the host begins with the last prompt
+        return torch.cat([enlarged(mass[None], (16, 8)) for mass in masses.flip(0)], -1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saliency, "attention_over_latent", spy)
-        guided = sample(sag(model), positive=left + right, size=(16, 16), steps=1, cfg=1.0)
-    assert torch.isfinite(guided).all()
-    for offset in (0, 8):
-        ours = masses["whole"][..., offset : offset + 8]
-        nearest = masses[offset].repeat_interleave(2, -2).repeat_interleave(2, -1)
-        assert torch.allclose(ours, nearest, atol=1e-5)
+    reference = blurred_where_attended(recorded(shared_model(), seen), attention, 0.5, 2.0)
+    one = {"positive": pair, "size": SIZE, "steps": 1, "cfg": 1.0}
+    assert deviation(sample(sag(shared_model()), **one), sample(reference, **one)) < 1e-5
 
 
-def test_a_mask_everywhere_needs_no_attention_and_blurs_all():
-    model = tiny_model()
-    everywhere = sample(sag(model, mask="everywhere"), size=(16, 16))
-    threshold_zero = sample(sag(model, threshold=0.0), size=(16, 16))
-    assert distance(everywhere, threshold_zero) < 1e-5
-
-
-@pytest.mark.parametrize("setting", [{"scale": 0.0}, {"sigma": 0.0}])
-def test_without_effect_it_is_free_and_says_so(setting, caplog):
-    model = tiny_model()
-    with counted_calls(model) as calls:
-        assert torch.equal(sample(sag(model, **setting)), sample(model))
-    assert calls == [2, 2, 2, 2]
-    assert "has no effect" in caplog.text
+def test_everywhere_is_a_threshold_of_nothing():
+    model = shared_model()
+    everywhere = sample(sag(model, mask="everywhere"), size=SIZE)
+    assert deviation(everywhere, sample(sag(model, threshold=0.0), size=SIZE)) < 1e-5
+    assert deviation(sample(sag(model, threshold=100.0)), sample(model)) < 1e-6
+    with pytest.raises(ValueError, match=r"attention.*everywhere"):
+        sag(model, mask="nowhere")
 
 
 def test_a_batch_mate_does_not_change_an_image():
-    model = tiny_model()
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    options = {"size": (16, 16), "cfg": 1.0, "steps": 2}
-    both = sample(sag(model), noise=noise, latent=torch.zeros_like(noise), **options)
-    alone = sample(sag(model), noise=noise[:1], latent=torch.zeros_like(noise[:1]), **options)
-    assert distance(both[:1], alone) < 1e-5
+    noise = torch.randn(2, 4, *SIZE, generator=torch.Generator().manual_seed(5))
+    both, alone = (
+        sample(sag(shared_model()), noise=n, latent=torch.zeros_like(n), size=SIZE, cfg=1.0)
+        for n in (noise, noise[:1])
+    )
+    assert deviation(both[:1], alone) < 1e-5
 
 
-@pytest.mark.parametrize("cfg", [7.0, 1.0])
-@pytest.mark.parametrize("order", ["seg first", "sag first"])
+@pytest.mark.parametrize(*each(order=["before", "after"], cfg=[7.0, 1.0]))
 def test_beside_seg_the_guidances_add(order, cfg):
-    model = tiny_model()
-    one = {"cfg": cfg, "steps": 1, "size": (16, 16)}
-    off = sample(model, **one)
-    both = sag(seg(model)) if order == "seg first" else seg(sag(model))
-    apart = (sample(seg(model), **one) - off) + (sample(sag(model), **one) - off) + off
-    assert distance(sample(both, **one), apart) < 1e-5
+    model, one = shared_model(), {"cfg": cfg, "steps": 1, "size": SIZE}
+    both = sag(seg(model)) if order == "after" else seg(sag(model))
+    off, first, second, both = (sample(m, **one) for m in (model, seg(model), sag(model), both))
+    assert deviation(both, first + second - off) < 1e-5
 
 
 def test_beside_cores_own_nodes_every_guidance_stays():
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
-    model = tiny_model()
-    one = {"cfg": 7.0, "steps": 1, "size": (16, 16)}
-    off = sample(model, **one)
+    model, one = shared_model(), {"cfg": 7.0, "steps": 1, "size": SIZE}
     core = core_sag(PerturbedAttentionGuidance.execute(model, 2.0)[0])
     added = sample(sag(core), **one) - sample(core, **one)
-    assert distance(added, sample(sag(model), **one) - off) < 1e-4
+    assert deviation(added, sample(sag(model), **one) - sample(model, **one)) < 1e-4
 
 
-def test_an_unknown_mask_is_refused():
-    with pytest.raises(ValueError, match="attention or everywhere"):
-        sag(tiny_model(), mask="nowhere")
+# Windows of a clip.
+
+
+def windows(model, fuse="pyramid"):
+    """Return a model under the host's node that cuts a clip in windows of four, two shared."""
+    node = importlib.import_module("comfy_extras.nodes_context_windows").ContextWindowsManualNode
+    known = inspect.signature(node.execute).parameters
+    extra = {"causal_window_fix": False} if "causal_window_fix" in known else {}
+    settings = (4, 2, "standard_static", 1, False, fuse, 0, False)
+    return node.execute(model, *settings, **extra)[0]
+
+
+def nearness(frames, _last):
+    """The share of each frame by how near it is to the middle of its window."""
+    middle, half = (frames[0] + frames[-1]) / 2, (frames[-1] - frames[0] + 1e-2) / 2
+    return [max(1e-2, 1 - abs(frame - middle) / half) for frame in frames]
+
+
+def ramps(frames, last):
+    """Two frames of overlap, rising from nothing, but not at the ends of the clip."""
+    begins = [1e-37, 1.0] if frames[0] > 0 else [1.0, 1.0]
+    return begins + ([1.0, 1e-37] if frames[-1] < last else [1.0, 1.0])
+
+
+SHARES = {
+    "flat": lambda *_: [1.0] * 4,
+    "pyramid": lambda *_: [1.0, 2.0, 2.0, 1.0],
+    "relative": nearness,
+    "overlap-linear": ramps,
+}
+
+
+def sharper_later(n, context, value, extra):
+    """A patch of another node by which windows disagree on the frames that they share."""
+    return n * (1.0 + 2.0 * extra["context_window"].index_list[0]), context, value
+
+
+@pytest.mark.parametrize("fuse", some(SHARES, "pyramid", "overlap-linear"))
+def test_each_windows_attention_is_weighed_as_its_prediction(fuse):
+    """The attention to a clip is what the host makes of the windows' attention."""
+    seen, frames = [], 7
+    model = shared_model().clone()
+    model.set_model_attn1_patch(sharper_later)
+
+    def attention():
+        total, weights = torch.zeros(frames, 1, *SIZE), torch.zeros(frames, 1, 1, 1)
+        for mass, window in seen[:3]:
+            shares = SHARES[fuse](window.index_list, frames - 1)
+            maps = enlarged(mass, SIZE)
+            for place, (frame, share) in enumerate(zip(window.index_list, shares, strict=True)):
+                total[frame] += share * maps[place]
+                weights[frame] += share
+        return total / weights
+
+    reference = blurred_where_attended(recorded(model, seen), attention, 0.5, 2.0)
+    one = {"batch": frames, "size": SIZE, "steps": 1, "cfg": 1.0}
+    expected = sample(windows(reference, fuse), **one)
+    assert deviation(sample(windows(sag(model), fuse), **one), expected) < 1e-4
+    wrong = {"flat": "relative"}.get(fuse, "flat")
+    assert deviation(sample(windows(sag(model), wrong), **one), expected) > 1e-3

@@ -5,8 +5,10 @@ from __future__ import annotations
 import comfy.model_base
 import pytest
 import torch
-from host_models import conditioning, sample, seg, shared_model, tiny_model
-from host_oracle import dense_seg, deviation, deviation_of_node
+from choice import each
+from host_models import conditioning, sample, seg, tiny_model
+from host_oracle import dense_seg, deviation
+from reuse_checks import require_reference
 
 # torchsde, of the host, compares a float with its own rounded copy.
 pytestmark = pytest.mark.filterwarnings("ignore:Should have t[ab]")
@@ -28,8 +30,7 @@ def model_of(kind):
     return MODELS[kind]
 
 
-@pytest.mark.parametrize("kind", ["eps", "v-prediction", "flow"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(*each(sampler=SAMPLERS, kind=["eps", "v-prediction", "flow"]))
 def test_guided_run_is_finite_and_repeatable_and_differs_from_the_plain_one(sampler, kind):
     model = model_of(kind)
     options = {"sampler": sampler, "scheduler": "simple", "steps": 3, "size": (8, 6), "cfg": 2.0}
@@ -39,13 +40,19 @@ def test_guided_run_is_finite_and_repeatable_and_differs_from_the_plain_one(samp
     assert deviation(sample(model, **options), guided) > 1e-3
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_cfg_pp"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_prediction_gives_what_the_dense_reference_gives(kind, sampler):
-    found = deviation_of_node(
-        model_of(kind), sigma=1.3, size=(8, 6), sampler=sampler, scheduler="simple", cfg=2.0
+@pytest.mark.floor
+@pytest.mark.parametrize(
+    *each(
+        sampler=["euler", "dpmpp_2m", "heun", "euler_cfg_pp"], kind=KINDS, cfg=[2.0, 1.0],
+        blocks=["middle", "d0"],
     )
-    assert found <= 1e-6
+)  # fmt: skip
+def test_every_kind_of_prediction_gives_what_the_dense_reference_gives(kind, sampler, cfg, blocks):
+    dense = {"blocks": [("input", 1)], "level": 0} if blocks == "d0" else {}
+    require_reference(
+        model_of(kind), size=(8, 6), sampler=sampler, scheduler="simple", cfg=cfg,
+        node={"blocks": blocks}, dense=dense,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_sde", "lcm", "uni_pc", *MORE])
@@ -57,13 +64,6 @@ def test_sampler_with_noise_or_memory_follows_the_dense_reference(sampler):
 
 def test_partial_denoising_of_a_latent_is_guided():
     latent = torch.randn(1, 4, 8, 6, generator=torch.Generator().manual_seed(2))
-    found = deviation_of_node(
-        model_of("eps"), sigma=1.3, size=(8, 6), latent=latent, denoise=0.5, steps=2,
-        positive=conditioning(4),
-    )  # fmt: skip
-    assert found <= 1e-6
-
-
-def test_sdxl_is_guided_by_every_sampler_as_by_the_dense_reference():
-    for sampler in ("euler", "dpmpp_2m"):
-        assert deviation_of_node(shared_model(), sigma=1.3, sampler=sampler) <= 1e-6
+    require_reference(
+        model_of("eps"), size=(8, 6), latent=latent, denoise=0.5, positive=conditioning(4)
+    )

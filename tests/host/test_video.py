@@ -8,8 +8,10 @@ import math
 
 import pytest
 import torch
+from choice import each, pairs
 from host_models import noise_like, sample, seg, shared_model
-from host_oracle import dense_seg, deviation, deviation_of_node
+from host_oracle import dense_seg, deviation
+from reuse_checks import require_reference
 
 # Latent size and frames; the middle grid has half the size. Frames may equal the grid's tokens.
 CLIPS = {
@@ -25,15 +27,14 @@ def clip(model, *, size, frames, **options):
     return sample(model, size=size, batch=frames, scheduler="karras", **options)
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-@pytest.mark.parametrize("sigma", [math.inf, 1.3])
-@pytest.mark.parametrize(("size", "frames"), CLIPS.values(), ids=CLIPS)
-def test_every_frame_is_what_the_dense_reference_of_space_alone_gives(size, frames, sigma, reuse):
-    found = deviation_of_node(
-        shared_model("svd"), sigma=sigma, size=size, frames=frames, run=clip, cfg=2.5,
-        node={"reuse": reuse}, dense={"video": True}, positive=prompt(1), negative=prompt(2),
+@pytest.mark.floor
+@pytest.mark.parametrize(*pairs(name=CLIPS, sigma=[math.inf, 1.3], reuse=[True, False]))
+def test_every_frame_is_what_the_dense_reference_of_space_alone_gives(name, sigma, reuse):
+    size, frames = CLIPS[name]
+    require_reference(
+        shared_model("svd"), sigma=sigma, size=size, frames=frames, run=clip, cfg=2.5, reuse=reuse,
+        dense={"video": True}, positive=prompt(1), negative=prompt(2),
     )  # fmt: skip
-    assert found <= 1e-6
 
 
 def test_the_comparison_notices_attention_smoothed_over_time():
@@ -75,8 +76,8 @@ def test_attention_over_time_sees_the_queries_it_would_see_without_the_node():
     torch.testing.assert_close(time_again, time, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sigma", [math.inf, 1.3])
-def test_context_windows_over_a_clip_give_what_the_dense_reference_gives(sigma):
+@pytest.mark.parametrize(*each(sigma=[math.inf, 1.3], order=["before", "after"], cfg=[2.5, 1.0]))
+def test_context_windows_over_a_clip_give_what_the_dense_reference_gives(sigma, order, cfg):
     def windows(model):
         # Newer versions add a frame to each window, which SVD's frame count does not know of.
         module = importlib.import_module("comfy_extras.nodes_context_windows")
@@ -86,12 +87,10 @@ def test_context_windows_over_a_clip_give_what_the_dense_reference_gives(sigma):
         settings = (4, 2, "standard_static", 1, False, "pyramid", 0, False)
         return node.execute(model, *settings, **extra)[0]
 
-    for order in ("before", "after"):
-        found = deviation_of_node(
-            shared_model("svd"), sigma=sigma, size=(4, 6), frames=7, run=clip, cfg=2.5,
-            dense={"video": True}, positive=prompt(1), negative=prompt(2), **{order: windows},
-        )  # fmt: skip
-        assert found <= 1e-6
+    require_reference(
+        shared_model("svd"), sigma=sigma, size=(4, 6), frames=7, run=clip, cfg=cfg,
+        dense={"video": True}, positive=prompt(1), negative=prompt(2), **{order: windows},
+    )  # fmt: skip
 
 
 def test_free_branch_on_a_clip_smooths_the_unconditional_rows_alone():

@@ -32,9 +32,7 @@ def test_equal_logits_have_the_energy_of_the_number_of_keys():
 def test_energy_agrees_with_scalar_loops(logits):
     expected = [[oracles.energy(head) for head in sample] for sample in logits]
     oracles.assert_near(attention_energy(logits), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_the_energy_oracle_notices_exchanged_axes(logits):
+    oracles.assert_near(mean_logsumexp(logits), -attention_energy(logits) / 6)
     with pytest.raises(AssertionError):
         oracles.assert_near(
             attention_energy(logits[0, 0].T), torch.tensor(oracles.energy(logits[0, 0]))
@@ -51,10 +49,6 @@ def test_half_precision_logits_are_measured_in_float32():
     energy = attention_energy(torch.full((4096, 3), 100.0, dtype=torch.float16))
     assert energy.dtype == torch.float32
     assert math.isclose(float(energy), -4096 * (100 + math.log(3)), rel_tol=1e-5)
-
-
-def test_mean_logsumexp_is_the_energy_of_one_query(logits):
-    oracles.assert_near(mean_logsumexp(logits), -attention_energy(logits) / 6)
 
 
 def test_variance_is_taken_over_queries(logits):
@@ -82,6 +76,8 @@ def test_curvature_counts_every_frame(generator):
     logits = torch.randn(12, 5, generator=generator, dtype=torch.float64)
     expected = -oracles.hessian(logits, (2, 2, 3), 0.7, "reference").trace()
     oracles.assert_near(energy_curvature(logits, (2, 2, 3), 0.7), expected)
+    with pytest.raises(ValueError, match="got 12"):
+        energy_curvature(logits, (5, 7), 1.0)
 
 
 def test_the_hessian_oracle_notices_derivatives_in_the_blurred_logits(logits):
@@ -89,8 +85,3 @@ def test_the_hessian_oracle_notices_derivatives_in_the_blurred_logits(logits):
     expected = -oracles.hessian(logits[0, 0], GRID, 0.7, "reference").trace()
     with pytest.raises(AssertionError):
         oracles.assert_near(energy_curvature(smooth, GRID, 0.0), expected)
-
-
-def test_wrong_tokens_are_refused(logits):
-    with pytest.raises(ValueError, match="got 6"):
-        energy_curvature(logits, (5, 7), 1.0)

@@ -6,31 +6,18 @@ environment of their own; `dev.py test` makes it.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NODES = json.loads((ROOT / "tests" / "goldens" / "node_inputs.json").read_text(encoding="utf-8"))
-SUSPICIOUS = (
-    r"\bsubprocess\b|__import__|\beval\(|\bexec\(|\bpickle\b|\bbase64\b|\bsocket\b|\brequests\b"
-    r"|\burllib\b|os\.system|importlib\.|(?<!re\.)\bcompile\("
-)
 NOT_FOR_USERS = {"tests", "dev", "dev.py", "benchmarks", ".github", ".ci", "node.zip", ".venv"}
 STATIC_LEVELS = (
     '[test]\nname = "smoothed-energy-guidance"\nlevels = ["syntax","warnings","hazards"]\n'
@@ -99,8 +86,10 @@ def test_comfy_node_validate_has_nothing_to_say(checkout):
     assert not re.search(r"warning|error|S102|S307|E702", words, re.IGNORECASE), words
 
 
-def test_the_archive_is_complete_and_holds_no_development_files(archive):
-    names = {path.relative_to(archive).as_posix() for path in archive.rglob("*") if path.is_file()}
+def test_the_archive_is_complete_small_and_holds_no_development_files(archive):
+    files = [path for path in archive.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4 * 2**20
+    names = {path.relative_to(archive).as_posix() for path in files}
     tops = {name.partition("/")[0] for name in names}
     assert not tops & NOT_FOR_USERS
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"} <= names
@@ -108,17 +97,6 @@ def test_the_archive_is_complete_and_holds_no_development_files(archive):
     for node in NODES:
         assert f"web/docs/{node}.md" in names
     assert not [name for name in names if re.search(r"(^|/)(test_|conftest|\.)", name)]
-
-
-def test_the_archive_is_clean_for_scanners(archive):
-    for path in archive.rglob("*"):
-        if path.suffix in (".py", ".toml", ".json", ".js", ".txt"):
-            found = re.search(SUSPICIOUS, path.read_text(encoding="utf-8"))
-            assert found is None, f"{path.relative_to(archive)}: {found.group()}"
-
-
-def test_the_archive_is_small(archive):
-    assert sum(path.stat().st_size for path in archive.rglob("*") if path.is_file()) < 4 * 2**20
 
 
 def test_comfy_test_s_static_levels_pass(archive, tmp_path):
@@ -145,68 +123,3 @@ def test_ids_are_unique_in_the_manager_s_map():
     taken = {name for names, *_ in everywhere.values() for name in names}
     ours = {key for key in everywhere if "seg-guidance/" in key}
     assert ours or not taken & set(NODES)
-
-
-# Without tools
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    with Image.open(path) as picture:
-        return picture.size
-
-
-def test_icon_and_banner_have_the_registry_s_shapes():
-    comfy = PROJECT["tool"]["comfy"]
-    icon, banner = (ROOT / "docs" / f"{name}.png" for name in ("icon", "banner"))
-    repository = PROJECT["project"]["urls"]["Repository"]
-    base = repository.replace("//github.com", "//raw.githubusercontent.com") + "/main/docs"
-    assert comfy["Icon"] == f"{base}/icon.png"
-    assert comfy["Banner"] == f"{base}/banner.png"
-    width, height = size_of(icon)
-    assert width == height <= 400
-    width, height = size_of(banner)
-    assert abs(width / height - 21 / 9) < 0.01
-
-
-def test_the_version_has_an_entry_in_the_changelog():
-    version = PROJECT["project"]["version"]
-    entries = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert entries[0] == version
-    assert len(entries) == len(set(entries))
-
-
-def test_every_node_is_in_the_changelog():
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    for node in NODES:
-        assert f"`{node}`" in text
-
-
-def test_the_api_is_imported_as_comfyui_s_own_nodes_do():
-    for path in (ROOT / "nodes").rglob("*.py"):
-        for entry in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(entry, ast.ImportFrom) and (entry.module or "").startswith("comfy_api"):
-                assert entry.module == "comfy_api.latest"
-
-
-def test_no_input_needs_a_special_form_in_the_api():
-    for path in (ROOT / "nodes").rglob("*.py"):
-        assert "MultiCombo" not in path.read_text(encoding="utf-8")
-
-
-def test_requirements_say_what_the_project_says():
-    """The Manager installs from this file, the registry shows the other list."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
-    assert [line for line in lines if line] == PROJECT["project"]["dependencies"]
-    for name in ("torch", "numpy"):
-        assert not any(line.startswith(name) for line in lines)
-
-
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem
-)
-def test_workflows_have_a_thumbnail_and_a_title_for_people(path):
-    assert re.fullmatch(r"SEG[ _][A-Za-z0-9 _-]+", path.stem)
-    with Image.open(path.with_suffix(".jpg")) as picture:
-        assert picture.format == "JPEG"
-        assert min(picture.size) >= 400
-    assert path.with_suffix(".jpg").stat().st_size < 300 * 1024

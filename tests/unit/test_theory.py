@@ -9,7 +9,6 @@ import oracles
 import pytest
 import torch
 
-from seg_core.attention import attention_weights
 from seg_core.blur import blur_queries
 from seg_core.energy import (
     attention_energy,
@@ -51,12 +50,9 @@ def test_blur_keeps_the_mean_of_the_logits(case):
     grid, logits = case
     for smooth in ladder(logits, grid):
         oracles.assert_near(smooth.mean(1), logits.mean(1))
-
-
-def test_the_reference_kernel_does_not_keep_the_mean(generator):
-    logits = torch.randn(1, 35, 17, generator=generator, dtype=torch.float64)
-    smooth = smoothed_logits(logits, (5, 7), 2.0, kernel="reference")
-    assert float((smooth.mean(1) - logits.mean(1)).abs().max()) > 1e-3
+    if grid[1:] == (5, 7):
+        smooth = smoothed_logits(logits, grid, 2.0, kernel="reference")
+        assert float((smooth.mean(1) - logits.mean(1)).abs().max()) > 1e-3, "only the full one does"
 
 
 def test_variance_never_rises_with_sigma(case):
@@ -106,9 +102,3 @@ def test_the_pseudo_determinant_has_the_closed_form_behind_the_docstring(generat
     spectrum = torch.linalg.eigvalsh(-oracles.hessian(logits, (1, 2, 3), 0.6, "full"))[6:]
     rows = math.log(5) * 6 + torch.log_softmax(blur @ logits, dim=-1).sum()
     oracles.assert_near(spectrum.log().sum(), 2 * 4 * torch.logdet(blur) + rows, torch.float32)
-
-
-def test_infinite_blur_attends_everywhere_alike(generator):
-    query, key = (torch.randn(1, 35, 11, generator=generator, dtype=torch.float64) for _ in "qk")
-    weights = attention_weights(blur_queries(query, (5, 7), math.inf), key)
-    oracles.assert_near(weights, weights[:, :1].expand_as(weights))
