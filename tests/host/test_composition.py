@@ -59,7 +59,6 @@ def hooked(model, cond, *, keyframes=(), part="middle_block", seed=70):
 KEYFRAMES = ((), ((1.0, 0.0), (0.2, 0.4), (0.0, 0.8)))
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     *each(
         lambda cfg, branch, **_: cfg > 1 or branch == "conditional",
@@ -187,7 +186,6 @@ def block_patches(model):
     return model
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(
     *each(patches=[attention_patches, block_patches], order=ORDERS, sigma=SIGMAS, reuse=REUSE)
 )

@@ -33,7 +33,6 @@ BLURS = [
 ]
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(*each(size=SIZES, blur=BLURS))
 def test_node_is_the_dense_reference_on_every_grid(size, blur):
     sigma, kernel = blur

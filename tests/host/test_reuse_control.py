@@ -91,7 +91,6 @@ CONTROLS = {
 BLOCKS = ("d0", "middle", "u0", "u1")
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(*each(name=CONTROLS, cfg=[7.0, 1.0], blocks=BLOCKS))
 def test_a_controlnet_is_evaluated_once_and_acts_on_both_predictions(name, cfg, blocks):
     pair, calls = CONTROLS[name]()

@@ -57,7 +57,6 @@ STEADY = {
 }
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(*each(name=STEADY, order=ORDERS, blocks=["middle", "u1"], cfg=[7.0, 1.0]))
 def test_nodes_that_change_every_pass_alike(name, order, blocks, cfg):
     settings = {"size": (16, 16), "cfg": cfg}

@@ -25,7 +25,6 @@ def core_sag(model, scale=0.5, sigma=2.0):
     return SelfAttentionGuidance.execute(model, scale, sigma)[0]
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(*each(kind=["sd15", "sdxl"], batch=[1, 2]))
 def test_core_settings_give_cores_result(kind, batch):
     model = shared_model(kind)

@@ -27,7 +27,6 @@ def clip(model, *, size, frames, **options):
     return sample(model, size=size, batch=frames, scheduler="karras", **options)
 
 
-@pytest.mark.floor
 @pytest.mark.parametrize(*pairs(name=CLIPS, sigma=[math.inf, 1.3], reuse=[True, False]))
 def test_every_frame_is_what_the_dense_reference_of_space_alone_gives(name, sigma, reuse):
     size, frames = CLIPS[name]
