@@ -87,15 +87,26 @@ class BasePass:
         foreign = self.run.joining.unproved(foreign | patches_in(inner.options))
         if foreign:
             return self._proved(call, batches, again, foreign, inner)
+        out = self._attempted(call, batches, batches, again, inner)
+        return self._run_batches(call, alone, again, inner) if out is None else out
+
+    def _attempted(
+        self, call: Call, batches: list[Batch], wide: list[Batch], again: bool, inner: NetworkCall
+    ) -> Any:
+        """Run the network with the rows that join it; if that fails, no more join in this run.
+
+        Returns:
+            None if it failed.
+        """
         try:
-            return self._run_batches(call, batches, again, inner)
+            return self._run_batches(call, wide, again, inner)
         except GuidanceError:
             raise
         except Exception as error:
             if is_final(error):
                 raise
             self._give_up(batches, f"the model call failed with them ({cause_of(error)})")
-        return self._run_batches(call, alone, again, inner)
+        return None
 
     def _proved(
         self, call: Call, batches: list[Batch], again: bool, foreign: Foreign, inner: NetworkCall
@@ -114,20 +125,12 @@ class BasePass:
             return out
         later = RandomNumbers(call.x.device)
         numbers.restore()
-        try:
-            witnessed = [self._witnessed(batch) for batch in batches]
-            wide = self._run_batches(call, witnessed, True, inner)
-        except GuidanceError:
-            raise
-        except Exception as error:
-            if is_final(error):
-                raise
-            self._give_up(batches, f"the model call failed with them ({cause_of(error)})")
-        else:
-            if self._is_same(call, wide, out, inner):
-                self.run.joining.accept(foreign)
-            else:
-                self._give_up(batches, "the rows of a batch depend on each other")
+        witnessed = [self._witnessed(batch) for batch in batches]
+        wide = self._attempted(call, batches, witnessed, True, inner)
+        if wide is not None and self._is_same(call, wide, out, inner):
+            self.run.joining.accept(foreign)
+        elif wide is not None:
+            self._give_up(batches, "the rows of a batch depend on each other")
         later.restore()
         return out
 
