@@ -56,25 +56,6 @@ def _mirror(cell, size, kernel):
     return cell
 
 
-def blur_by_loops(image, sigma):
-    """Blur the last two axes by a Gaussian of 9 taps, fewer on short ones, reflected at borders."""
-    for axis in (-2, -1):
-        n = image.shape[axis]
-        taps = min(9, n - (n % 2 - 1))
-        half = taps // 2
-        weights = [math.exp(-0.5 * ((t - half) / sigma) ** 2) for t in range(taps)]
-        lines = []
-        for i in range(n):
-            total = 0
-            for t, weight in enumerate(weights):
-                j = i + t - half
-                j = -j if j < 0 else 2 * (n - 1) - j if j >= n else j
-                total = total + weight * image.select(axis, j)
-            lines.append(total / sum(weights))
-        image = torch.stack(lines, axis)
-    return image
-
-
 def dense_attention(query, key, value, heads, blur, mask=None):
     """Return attention in which each head's whole map of logits was blurred over the queries."""
     query, key, value = (
