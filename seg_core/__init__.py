@@ -16,6 +16,7 @@ from .blocks import describe_targets as describe_targets
 from .blocks import require_heads as require_heads
 from .blocks import select as select
 from .blocks import select_heads as select_heads
+from .blocks import select_random as select_random
 from .blur import blur_queries as blur_queries
 from .blur import is_identity as is_identity
 from .blur import mean_queries as mean_queries
@@ -37,12 +38,17 @@ from .guidance import RESCALE_MODES as RESCALE_MODES
 from .guidance import Window as Window
 from .guidance import apply_guidance as apply_guidance
 from .guidance import blend as blend
+from .guidance import effective_cfg as effective_cfg
+from .guidance import held_difference as held_difference
 from .kernels import KERNELS as KERNELS
 from .kernels import gaussian_matrix as gaussian_matrix
 from .kernels import require_kernel as require_kernel
 from .matrices import BlurMatrices as BlurMatrices
+from .perturbations import draw_blocks as draw_blocks
 from .perturbations import identity_attention as identity_attention
 from .perturbations import shuffle_tokens as shuffle_tokens
+from .perturbations import softened_attention as softened_attention
+from .perturbations import swap_least_similar as swap_least_similar
 from .perturbations import token_permutation as token_permutation
 from .saliency import blur_latent as blur_latent
 from .saliency import column_mass as column_mass

@@ -24,6 +24,7 @@ _LIST_TERM = re.compile(rf"(?:([^.,]*[^.,\d-])\.)?{_RANGE}")
 _BROKEN_NUMBER = re.compile(r"\d\s+\d")
 _HEADS = re.compile(rf"h{_RANGE}")
 _MORE_HEADS = re.compile(_RANGE)
+_RANDOM = re.compile(r"random(?::(\d+))?(?:,(.*))?", re.IGNORECASE | re.DOTALL)
 
 Heads: TypeAlias = tuple[int, ...] | None
 """Numbers of heads; None for all of a layer."""
@@ -97,6 +98,9 @@ def select_heads(
     terms = [term for term in re.sub(r"\s", "", selector).lower().split(",") if term]
     if not terms:
         raise _refusal("the blocks must name at least one block, got nothing", catalogue)
+    if any(term.startswith("random:") for term in terms):
+        raise _refusal(f"random must stand first, and not everywhere can blocks be drawn, "
+                       f"got {selector!r}", catalogue)  # fmt: skip
     chosen: dict[Target, set[int] | None] = {}
     for term, heads in _with_heads(terms, catalogue):
         for target in _term_targets(term, catalogue, auto):
@@ -108,6 +112,44 @@ def select_heads(
         for target in all_targets(catalogue)
         if target in chosen
     }
+
+
+def select_random(
+    selector: str, catalogue: Sequence[Block], pool: Sequence[Target], auto: Sequence[Target] = ()
+) -> tuple[tuple[Target, ...], int] | None:
+    """Return between which layers a selector draws, and how many; None if it names layers.
+
+    ``random`` draws about a tenth, ``random:3`` three. A selector after a comma names between
+    which: ``random:2, 8-20``. The first layer of the model is never drawn.
+
+    Args:
+        selector: the text.
+        catalogue: the model's blocks, in forward order.
+        pool: all layers that can be drawn.
+        auto: the host's choice.
+
+    Raises:
+        ValueError: as `select`, or if there are not as many layers, or none is to be drawn.
+    """
+    text = re.sub(r"\s", "", selector)
+    if not text.lower().startswith("random"):
+        return None
+    found = _RANDOM.fullmatch(text)
+    if found is None:
+        raise _refusal(f"random blocks must be written as random or random:3, got {selector!r}",
+                       catalogue)  # fmt: skip
+    number, among = found.groups()
+    chosen = pool if among is None else select(among, catalogue, auto)
+    first = next(all_targets(catalogue), None)
+    between = tuple(target for target in chosen if target != first)
+    count = max(round(len(between) / 10), 1) if number is None else int(number)
+    if not 1 <= count <= len(between):
+        names = describe_targets(between, catalogue) or "none"
+        raise ValueError(
+            f"random:{count} must draw at least 1 and at most the {len(between)} blocks that there "
+            f"are to draw from: {names}"
+        )
+    return between, count
 
 
 def require_heads(heads: Iterable[int], count: int | None, block: str) -> None:

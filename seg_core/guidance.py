@@ -113,6 +113,67 @@ def apply_guidance(
     return _add(denoised, push * rescale_factor(target, start + push, rescale))
 
 
+def held_difference(
+    difference: Float[Tensor, " batch *latent"],
+    sigma_then: Float[Tensor, " #batch"],
+    sigma_now: Float[Tensor, " #batch"],
+) -> Float[Tensor, " batch *latent"]:
+    r"""Return a difference of denoised predictions at a later noise level, if its noise stays.
+
+    $$\Delta_{now} = \Delta_{then}\,\frac{\sigma_{now}}{\sigma_{then}}$$
+
+    A model predicts noise, $\epsilon = (x - d) / \sigma$, or what it follows from, as velocity: the
+    difference of two predictions of one latent is $\Delta = -\sigma\,\Delta\epsilon$ for all.
+    Where there was no noise, none is held.
+
+    Source: the difference of CFG is held in noise by Tortoise and Hare Guidance, arXiv:2511.04117.
+
+    Args:
+        difference: of the ordinary and the perturbed denoised prediction.
+        sigma_then: the noise level at which it was computed.
+        sigma_now: the noise level of the present prediction.
+
+    Returns:
+        The difference to expect, in the same dtype.
+    """
+    work = working_dtype(difference)
+    ratio = (sigma_now / sigma_then).where(sigma_then > 0, 0).to(difference.device, work)
+    ratio = ratio.reshape(-1, *(1,) * (difference.ndim - 1))
+    return (difference.to(work) * ratio).to(difference.dtype)
+
+
+def effective_cfg(
+    before: Float[Tensor, " batch *latent"],
+    guided: Float[Tensor, " batch *latent"],
+    cond: Float[Tensor, " batch *latent"],
+    uncond: Float[Tensor, " batch *latent"],
+) -> Float[Tensor, " 2"]:
+    r"""Return the cfg that a guided prediction is nearest to, and how much no cfg could give.
+
+    $$w = \frac{\langle g - u, c - u\rangle}{\lVert c - u\rVert^2}, \qquad
+      \frac{\lVert p - \operatorname{proj}_{c - u} p\rVert}{\lVert p\rVert}, \quad p = g - b$$
+
+    Source: the effective guidance strength of arXiv:2602.22570.
+
+    Args:
+        before: the denoised prediction ``b`` before guidance.
+        guided: the guided prediction ``g``.
+        cond: the conditional prediction ``c``.
+        uncond: the unconditional prediction ``u``.
+
+    Returns:
+        The effective cfg ``w``, and the share of the push ``p`` beside the direction of cfg, 0 to
+        1, in at least float32. NaN where there is no direction, or no push.
+    """
+    given, dtype = (before, guided, cond, uncond), working_dtype(guided)
+    before, guided, cond, uncond = (t.to(dtype).flatten() for t in given)
+    direction, push = cond - uncond, guided - before
+    square = direction.dot(direction)
+    beside = push - push.dot(direction) / square * direction
+    share = (beside.dot(beside) / push.dot(push)).sqrt()
+    return torch.stack([(guided - uncond).dot(direction) / square, share])
+
+
 @dataclass(frozen=True)
 class Window:
     """The part of sampling in which guidance acts.

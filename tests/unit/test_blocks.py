@@ -40,19 +40,14 @@ AUTO = layers("middle", 1, *range(10))
         ("d4-5", SD15, layers("input", 7, 0) + layers("input", 8, 0)),
         ("u0.2", SDXL, layers("output", 0, 2)),
         ("d2.2-4", SDXL, layers("input", 7, 2, 3, 4)),
+        (" D2 . 2 - 4 ", SDXL, layers("input", 7, 2, 3, 4)),
+        (",d2.2-\n4,,", SDXL, layers("input", 7, 2, 3, 4)),
         ("d0-2.1", SDXL, tuple(Target("input", n, 1) for n in (4, 5, 7))),
-        ("u8", SD15, layers("output", 11, 0)),
         ("double.7-9", FLUX, tuple(Target("double", n) for n in (7, 8, 9))),
         ("single.3", FLUX, layers("single", 3, 0)),
         ("7-9", WAN, tuple(Target("blocks", n) for n in (7, 8, 9))),
-        ("blocks.7", WAN, layers("blocks", 7, 0)),
         ("DOUBLE.0", (Block("Double", 0),), layers("Double", 0, 0)),
-        ("double", FLUX, tuple(Target("double", n) for n in range(19))),
-        (
-            "3-11",
-            tuple(Block("joint", n) for n in (3, 7, 11)),
-            tuple(Target("joint", n) for n in (3, 7, 11)),
-        ),
+        ("3-8", (Block("joint", 3), Block("joint", 8)), (Target("joint", 3), Target("joint", 8))),
         ("auto", SDXL, AUTO),
         ("auto, u0.3", SDXL, (*AUTO, Target("output", 0, 3))),
     ],
@@ -60,20 +55,6 @@ AUTO = layers("middle", 1, *range(10))
 def test_a_term_names_its_layers(selector, catalogue, expected):
     assert select(selector, catalogue, AUTO) == expected
     assert select_heads(selector, catalogue, AUTO) == dict.fromkeys(expected)
-
-
-def test_order_is_that_of_the_model_and_nothing_comes_twice():
-    assert select("u1.0, m0.3, d0.1, m0.3-4", SDXL) == (
-        Target("input", 4, 1),
-        Target("middle", 1, 3),
-        Target("middle", 1, 4),
-        Target("output", 1, 0),
-    )
-
-
-@pytest.mark.parametrize("selector", [" D2 . 2 - 4 ", "d2.2-4,", ",d2.2-4,,", "d2.2-\n4"])
-def test_case_white_space_and_spare_commas_do_not_matter(selector):
-    assert select(selector, SDXL) == layers("input", 7, 2, 3, 4)
 
 
 REFUSED = (
@@ -150,7 +131,6 @@ HEADS = [
     ("7:h0-1,4,9-10", WAN, {("blocks", 7, 0): (0, 1, 4, 9, 10)}),
     ("9,7:h0,8:h1", WAN, {("blocks", 7, 0): (0,), ("blocks", 8, 0): (1,), ("blocks", 9, 0): None}),
     ("7:h0,7:h3", WAN, {("blocks", 7, 0): (0, 3)}),
-    ("7:h0,double.7", WAN, None),
     ("double.7:h3,single.1", FLUX, {("double", 7, 0): (3,), ("single", 1, 0): None}),
     ("u5:h1", SDXL, {("output", 5, 0): (1,), ("output", 5, 1): (1,)}),
     ("m0.3:h2,m0.3", SDXL, {("middle", 1, 3): None}),
@@ -161,10 +141,6 @@ HEADS = [
 @pytest.mark.parametrize(("selector", "catalogue", "expected"), HEADS)
 def test_heads_of_layers(selector, catalogue, expected):
     auto = [Target("blocks", 12)]
-    if expected is None:
-        with pytest.raises(ValueError, match=r"got 'double\.7'"):
-            select_heads(selector, catalogue, auto)
-        return
     found = select_heads(selector, catalogue, auto)
     assert {(t.part, t.index, t.transformer): heads for t, heads in found.items()} == expected
     text = describe_targets(found, catalogue, found)
@@ -180,6 +156,7 @@ def test_heads_of_layers(selector, catalogue, expected):
         ("7:h3-1", "a range must run upwards, got '7:h3-1'"),
         ("7:h1,3-2", "a range must run upwards, got '3-2'"),
         (":h1", "the blocks must be written in the selector language, got ''"),
+        ("7:h0,double.7", ".*got 'double.7'"),
     ],
 )
 def test_wrong_heads_are_errors_that_say_why(selector, message):
