@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import comfy.conds
 import comfy.ops
 import torch
+from comfy.ldm.lumina import model as lumina
 from host_models import noise_like
 
 IMAGE_COMES = 151673
@@ -21,6 +23,9 @@ LTX_2 = {
 LTX_2_3 = LTX_2 | {
     "cross_attention_adaln": True, "apply_gated_attention": True,
     "caption_proj_before_connector": True,
+}  # fmt: skip
+LTX_2_4 = LTX_2_3 | {
+    "ff_bias": False, "audio_ff_bias": False, "use_keyframes_abs_pos_embedding": True,
 }  # fmt: skip
 HIDREAM_O1 = {
     "text_config_overrides": {
@@ -131,6 +136,33 @@ def seen(shape):
     return [SimpleNamespace(image_sizes=[(3, 32, 48)], last_hidden_state=one) for one in states]
 
 
+BEHIND = 12
+"""Tokens of the two reference frames that stand behind the image of Ming-Image."""
+
+
+def frames_behind(model, shape, monkeypatch):
+    """Return reference frames, and let a `NextDiT` that cannot take any put tokens in their place.
+
+    They follow the image, before both are filled up to a multiple, as in newer versions.
+    """
+    network, place = model.model.diffusion_model, lumina.pos_ids_x
+
+    def positions(start, *args, **kwargs):
+        own = place(start, *args, **kwargs)
+        return torch.cat([own, own[:, :1].expand(-1, BEHIND, -1) + 1.0], dim=1)
+
+    def tokens(_module, _args, out):
+        return torch.cat(
+            [out, noise_like((1, BEHIND, out.shape[-1]), 72).expand(len(out), -1, -1)], 1
+        )
+
+    monkeypatch.setattr(lumina, "pos_ids_x", positions)
+    network.x_embedder.register_forward_hook(tokens)
+    return comfy.conds.CONDList(
+        [noise_like((1, shape[1], 4, 6), 73), noise_like((1, shape[1], 6, 4), 74)]
+    )
+
+
 class Motion(torch.nn.Module):
     """Stands for Animate's motion encoder, whose size is fixed."""
 
@@ -160,3 +192,19 @@ def shrink(network):
             seq_len=8, blocks=5, channels=16, intermediate_dim=32, output_dim=1536,
             context_tokens=16, dtype=network.dtype, operations=comfy.ops.disable_weight_init,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def sharpen(network):
+    """Let queries and keys be of unit size, so that attention maps are far from flat."""
+    for name, weight in network.named_parameters():
+        if weight.ndim == 1 and name.endswith((".weight", ".scale")):
+            weight.add_(1.0 - weight.mean().round())
+    for name, table in network.named_buffers():
+        if name == "pos_embed":  # not initialised by the host
+            table.copy_(noise_like(table.shape, 3))
+
+
+def all_tokens(shape):
+    del shape
+    return torch.ones(1, 7, dtype=torch.long)

@@ -25,6 +25,7 @@ UNSUPPORTED = {
     "comfy.ldm.seedvr.model.NaDiT": "SeedVR2",
     "comfy.ldm.minimax.model.MiniMaxH3Model": "MiniMax H3",
     "comfy.ldm.wan.ar_model.CausalWanModel": "Wan autoregressive",
+    "comfy.ldm.wan.model_animate2.WanAnimate2Model": "Wan Animate 2",
 }
 
 
@@ -107,16 +108,18 @@ def test_a_video_of_one_frame_says_so_once_and_changes_nothing(caplog):
 
 def test_each_row_of_the_table_is_a_class_of_the_newest_comfyui(comfy_host):
     families = table().FAMILIES
-    missing = [each.name for each in families if host_class("comfy.ldm." + each.network) is None]
+    names = [name for family in families for name in (family.network, *family.variants)]
+    missing = [name for name in names if host_class("comfy.ldm." + name) is None]
     if comfy_host.version >= (0, 30):
-        assert not missing
-    assert len({family.network for family in families}) == len(families)
+        newer = comfy_host.version >= (0, 33)
+        assert missing == ([] if newer else ["wan.model_animate2.WanAnimate2Model"])
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_block_of_a_family_and_every_method_of_the_page_can_be_had(kind):
     model = tiny_dit(kind)
-    last = len(block_modules(model, kind)) - 1
+    last = len(block_modules(model)) - 1
     assert seg(model, blocks=selector(model, kind, range(last + 1))) is not model
     first = selector(model, kind, [0])
     beyond = first.replace("0", "99")
@@ -136,6 +139,14 @@ UNETS = (
 )
 
 
+OLDER, NEWER = (SimpleNamespace(caption_proj_before_connector=new) for new in (False, True))
+
+
+def blocks_in_code(numbers):
+    """Return numbers of blocks as the page writes them."""
+    return f"`{', '.join(map(str, numbers))}`".replace("7, 8, 9", "7-9")
+
+
 def row(family):
     """Return one row of the page, from what the code knows of a family."""
     if family.unsupported:
@@ -151,8 +162,10 @@ def row(family):
     skip = "middle range"
     if unknown:
         skip = "attention only: its blocks hand on more than tokens"
-    elif family.skip:
-        skip = f"`{', '.join(map(str, family.skip))}`".replace("7, 8, 9", "7-9")
+    elif family.skip(OLDER):
+        skip = blocks_in_code(family.skip(OLDER))
+        if family.skip(NEWER) != family.skip(OLDER):
+            skip += f", from 2.3 on {blocks_in_code(family.skip(NEWER))}"
     mask = "only without sound: both share a latent" if "LTX-2" in family.name else "yes"
     return f"| {family.name} | yes | {time} | {mask} | {shuffled} | {skip} |"
 

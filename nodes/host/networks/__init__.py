@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..batch.compiled import eager
-from ..settings.errors import GuidanceError
+from ..settings.errors import HOW_TO_REPORT, GuidanceError
 from .adapter import NetworkAdapter
 from .dit.dit import DiT
 from .unet import UNet
-
-_ISSUES = "https://github.com/seg-guidance/smoothed-energy-guidance/issues"
 
 
 def adapter_of(network: Any, model: Any) -> NetworkAdapter | None:
@@ -41,5 +39,5 @@ def network_of(model: Any, label: str) -> NetworkAdapter:
         f"{label} does not know the network {type(network).__name__} "
         f"({type(network).__module__}) of this {type(model.model).__name__} model. If another "
         "node's loader put it in the place of ComfyUI's own, use ComfyUI's loader. To ask for it, "
-        f"report these names and your ComfyUI version at {_ISSUES}."
+        f"{HOW_TO_REPORT}."
     )

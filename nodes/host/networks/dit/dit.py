@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,30 +17,18 @@ from .....seg_core import Block, Target, TokenGrid
 from ...batch.call import Call
 from ...batch.widening import own_options
 from ...settings.changes import Auto
-from ...settings.errors import GuidanceError
+from ...settings.errors import HOW_TO_REPORT, GuidanceError
 from ..adapter import NetworkAdapter, Options
-from ..attention import Attention
+from ..attention import Attention, Span
 from ..blocks import Carried
 from ..editing import AttentionEditor
-from ..span import Span
-from .families import FAMILIES, Family, auto_range
+from .families import Family, auto_range
 from .grids import references
+from .recognition import family_of, modules_at
 
 _OVERRIDE = "optimized_attention_override"
 _REFERENCES = "reference_image_num_tokens"
 _HEADS = ("num_heads", "n_heads", "heads", "n_local_heads", "num_attention_heads")
-
-
-_BY_CLASS = {f"comfy.ldm.{family.network}": family for family in FAMILIES}
-
-
-def family_of(network: object) -> Family | None:
-    """Return the row of a network, by the names of its classes; None if it is of no known family.
-
-    Names, so that a ComfyUI without a family still imports this.
-    """
-    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(network).__mro__]
-    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
 
 
 class DiT(NetworkAdapter):
@@ -53,10 +40,10 @@ class DiT(NetworkAdapter):
         self.kind = family.name
         self.axes = family.axes
         self.one_picture = "" if video else f"{family.name} makes single pictures"
-        parts = {part: _modules(network, path) for part, path in family.parts.items()}
+        parts = {part: modules_at(network, path) for part, path in family.parts.items()}
         self.catalogue = [Block(part, n) for part, some in parts.items() for n in range(len(some))]
         self.blocks = [block for some in parts.values() for block in some]
-        self.shared = [module for name in family.shared for module in _modules(network, name)]
+        self.shared = [module for name in family.shared for module in modules_at(network, name)]
 
     @staticmethod
     def of(network: object, model: object) -> DiT | None:
@@ -73,7 +60,7 @@ class DiT(NetworkAdapter):
                 f"{family.name} models ({type(network).__name__}) cannot be guided by perturbed "
                 f"attention: {family.unsupported}."
             )
-        if not all(_modules(network, path) for path in family.parts.values()):
+        if not all(modules_at(network, path) for path in family.parts.values()):
             raise GuidanceError(
                 f"The network {type(network).__name__} ({type(network).__module__}) of this "
                 f"{family.name} model does not have the blocks of ComfyUI's own, so they cannot "
@@ -93,9 +80,8 @@ class DiT(NetworkAdapter):
     def auto(self, purpose: Auto) -> Sequence[Target]:
         """Return a middle range of the depth, or the blocks that are usually skipped."""
         depth = len(self.catalogue)
-        usual = [number for number in self.family.skip if number < depth]
-        skips = purpose == "skip" and usual and len(usual) == len(self.family.skip)
-        numbers = usual if skips else auto_range(self.family, depth)
+        usual = self.family.skip(self.network) if purpose == "skip" else ()
+        numbers = usual if usual and max(usual) < depth else auto_range(self.family, depth)
         return [Target(self.catalogue[n].part, self.catalogue[n].index) for n in numbers]
 
     def heads(self, target: Target) -> int | None:
@@ -113,19 +99,37 @@ class DiT(NetworkAdapter):
         return self.family.carried.get(target.part, Carried((), None))
 
     def span(self, call: Call, queries: int, keys: int, options: Options) -> Span | None:
-        """Return where the image's tokens lie among the queries; None if they cannot be there."""
+        """Return where the image's tokens lie among the queries; None if they cannot be there.
+
+        Raises:
+            ValueError: if there are tokens that the family does not explain.
+        """
         if keys < queries:
             return None  # cross-attention
         family, grid = self.family, self._grid(call)
         row = family.row(self.network, call, grid)
         length = grid.frames * grid.height * row
-        start = family.beside(self.network, call, grid)
-        if family.anchor == "end":
-            # A cache of reference images leaves their queries out.
-            start = queries - start - length - (self._references(call, options) * (queries == keys))
+        beside = family.beside(self.network, call, grid)
+        others = queries - length - beside
+        # A cache of reference images leaves their queries out.
+        references_behind = self._references(call, options) * (queries == keys)
+        start = beside if family.anchor == "start" else others - references_behind
         if not 0 <= start <= queries - length:
             return None
+        self._require_explained(others, family.others(self.network, call))
         return Span(start, grid, row, keys - queries if family.cached_keys else 0)
+
+    def _require_explained(self, others: int, expected: int | None) -> None:
+        """Refuse a sequence with tokens of which the family's row does not know what they are."""
+        if expected is None or others == expected:
+            return
+        network = type(self.network)
+        raise GuidanceError(
+            f"{self.kind}: {network.__name__} ({network.__module__}) has {others} tokens beside "
+            f"those of the image, and {expected} were expected, so it is not known which are the "
+            "image's. Leave out what brings them: reference images, or another node. If it is "
+            f"ComfyUI's own, {HOW_TO_REPORT}."
+        )
 
     def _grid(self, call: Call) -> TokenGrid:
         """Return the token grid of a call."""
@@ -152,19 +156,6 @@ class DiT(NetworkAdapter):
             return {**options, _OVERRIDE: override}
 
         return own_options([self.module(target) for target in targets], call.options, own)
-
-
-def _modules(network: Any, path: str) -> list[torch.nn.Module]:
-    """Return the module at a path, or those of the list that stands there; none if none does."""
-    try:
-        found = operator.attrgetter(path)(network)
-    except AttributeError:
-        return []
-    if found is None:
-        return []
-    if isinstance(found, torch.nn.ModuleDict):
-        return list(found.values())
-    return list(found) if hasattr(found, "__len__") else [found]
 
 
 def _override(

@@ -18,9 +18,11 @@ from .grids import (
     Patch,
     cells_grid,
     each_frame_alone,
+    frames_and_padding,
     image_beside,
+    none,
     one_cell,
-    padding,
+    padded_prompt,
     patch_size,
     reference_frames,
     reference_image,
@@ -41,17 +43,19 @@ class Family:
 
     Attributes:
         name: the models that users know.
-        network: module below ``comfy.ldm`` and name of the class; subclasses belong to it.
+        network: module below ``comfy.ldm`` and name of the class.
+        variants: subclasses with methods of their own for which the row is right, likewise.
         parts: name of each list of blocks -> attribute of the network, in forward order.
         carried: name of the list -> which arguments of a block become its result, where known.
         video: it makes videos, whose frames attend to each other.
-        skip: blocks that are usually skipped, all parts as one list; empty for `auto`.
+        skip: blocks of a network that are usually skipped, all parts as one list; empty for `auto`.
         anchor: the end of the queries' sequence that the image's tokens are counted from.
         patch: the network's patch.
         grid: token grid of a call; the image is always frame by frame in row-major order.
         beside: tokens between the anchor and the image. Reference images that the host counts in
             ``reference_image_num_tokens`` stand at the end and are added.
         references: older hosts put them there too, uncounted.
+        others: how many tokens are not the image's, nor counted by ``beside``, where it is known.
         row: tokens from one row of the image to the next.
         first_only: only a block's first attention call is self-attention of the image.
         cached_keys: keys of tokens without queries come before the queries' own.
@@ -66,13 +70,15 @@ class Family:
     network: str
     parts: dict[str, str] = field(default_factory=dict)
     carried: dict[str, Carried] = field(default_factory=dict)
+    variants: tuple[str, ...] = ()
     video: bool = False
-    skip: tuple[int, ...] = ()
+    skip: Callable[[Any], tuple[int, ...]] = lambda _network: ()
     anchor: Literal["start", "end"] = "end"
     patch: Callable[[Any], Patch] = patch_size
     grid: Callable[[Call, Patch], TokenGrid] = cells_grid
     beside: Callable[[Any, Call, TokenGrid], int] = lambda *_: 0
     references: bool = False
+    others: Callable[[Any, Call], int | None] = lambda *_: None
     row: Callable[[Any, Call, TokenGrid], int] = lambda _network, _call, grid: grid.width
     first_only: bool = False
     cached_keys: bool = False
@@ -100,11 +106,19 @@ _WAN = {
     "parts": {"double": "blocks"},
     "carried": {"double": _X},
     "video": True,
-    "skip": (10,),
+    "skip": lambda _network: (10,),
     "anchor": "start",
     "first_only": True,
     "shared": ("patch_embedding", "vace_patch_embedding", "vace_blocks"),
 }
+_WANS = (
+    "wan.model.VaceWanModel",
+    "wan.model.CameraWanModel",
+    "wan.model.HumoWanModel",
+    "wan.model.WanModel_S2V",
+    "wan.model_animate.AnimateWanModel",
+    "wan.model_wandancer.WanDancerModel",
+)
 _LTX = {
     "parts": {"double": "transformer_blocks"},
     "carried": {"double": _X},
@@ -118,31 +132,38 @@ _NO_OPTIONS = "its attention is out of reach: it does not pass on the host's opt
 
 FAMILIES = (
     Family("Flux, Flux.2, LongCat-Image", "flux.model.Flux", _TWO, _IMG_TXT, references=True),
-    Family("Chroma, Chroma Radiance", "chroma.model.Chroma", _TWO, _IMG_TXT),
+    Family("Chroma, Chroma Radiance", "chroma.model.Chroma", _TWO, _IMG_TXT,
+           variants=("chroma_radiance.model.ChromaRadiance",)),
     Family("SD3, SD3.5", "modules.diffusionmodules.mmdit.MMDiT", {"double": "joint_blocks"},
-           {"double": Carried(("argument 0", "argument 1"), "argument 1")}, skip=(7, 8, 9)),
+           {"double": Carried(("argument 0", "argument 1"), "argument 1")},
+           variants=("modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",),
+           skip=lambda _network: (7, 8, 9)),
     Family("AuraFlow", "aura.mmdit.MMDiT",
            {"double": "double_layers", "single": "single_layers"},
            {"double": Carried(("c", "x"), "x"), "single": Carried(("cx",), "cx")}),
     Family("Qwen-Image, Qwen-Image-Edit", "qwen_image.model.QwenImageTransformer2DModel",
            {"double": "transformer_blocks"}, _TXT_HIDDEN, references=True),
     Family("Lumina 2, Z-Image, NewBie", "lumina.model.NextDiT", {"double": "layers"},
-           {"double": _X}, beside=padding, shared=("context_refiner", "noise_refiner")),
+           {"double": _X}, variants=("lumina.model.NextDiTPixelSpace",), beside=frames_and_padding,
+           others=padded_prompt, shared=("context_refiner", "noise_refiner")),
     Family("HunyuanVideo, HunyuanImage", "hunyuan_video.model.HunyuanVideo", _TWO, _IMG_TXT,
            video=True, obstacle=_one_reference),
-    Family("Wan", "wan.model.WanModel", beside=reference_image, **_WAN),
+    Family("Wan", "wan.model.WanModel", beside=reference_image, variants=_WANS, **_WAN),
     Family("Wan SCAIL", "wan.model.SCAILWanModel", beside=reference_frames, **_WAN),
-    Family("LTX-Video", "lightricks.model.LTXVModel", patch=one_cell, skip=(14, 19), **_LTX),
-    Family("LTX-2", "lightricks.av_model.LTXAVModel", patch=one_cell, skip=(29,), **_LTX),
+    Family("LTX-Video", "lightricks.model.LTXVModel", patch=one_cell,
+           skip=lambda _network: (14, 19), **_LTX),
+    Family("LTX-2", "lightricks.av_model.LTXAVModel", patch=one_cell,
+           skip=lambda network: (28,) if network.caption_proj_before_connector else (29,), **_LTX),
     Family("Cosmos-Predict2, Anima", "cosmos.predict2.MiniTrainDIT", {"double": "blocks"},
-           {"double": Carried(("x_B_T_H_W_D",), "x_B_T_H_W_D")}, video=True, anchor="start",
+           {"double": Carried(("x_B_T_H_W_D",), "x_B_T_H_W_D")},
+           variants=("anima.model.Anima",), video=True, anchor="start", others=none,
            patch=lambda n: (n.patch_temporal, n.patch_spatial, n.patch_spatial), first_only=True),
     Family("Cosmos 1", "cosmos.model.GeneralDIT", {"block": "blocks"}, {"block": _X}, video=True,
-           anchor="start", first_only=True, axes=_COSMOS_1,
+           anchor="start", others=none, first_only=True, axes=_COSMOS_1,
            patch=lambda n: (n.patch_temporal, n.patch_spatial, n.patch_spatial)),
     Family("Kandinsky 5", "kandinsky5.model.Kandinsky5", {"double": "visual_transformer_blocks"},
            {"double": Carried(("visual_embed",), "visual_embed")}, video=True, anchor="start",
-           first_only=True),
+           others=none, first_only=True),
     Family("Krea 2", "krea2.model.SingleStreamDiT", {"single": "blocks"}, {"single": _X},
            patch=lambda n: (1, n.patch, n.patch), grid=each_frame_alone),
     Family("Lens", "lens.model.LensTransformer2DModel", {"double": "transformer_blocks"},
@@ -172,7 +193,7 @@ FAMILIES = (
     Family("PixelDiT, PiD", "pixeldit.model.PixDiT_T2I",
            {"patch": "patch_blocks", "pixel": "pixel_blocks"},
            {"patch": Carried(("x", "y"), "x"), "pixel": Carried(("x",), None)},
-           axes={"pos_img": None, "pos_txt": None}),
+           variants=("pixeldit.pid.PidNet",), axes={"pos_img": None, "pos_txt": None}),
     Family("Mochi", "genmo.joint_model.asymm_models_joint.AsymmDiTJoint", {"double": "blocks"},
            {"double": Carried(("x", "y"), "x")}, video=True, anchor="start",
            axes={"rope_cos": None, "rope_sin": None}),
@@ -182,6 +203,8 @@ FAMILIES = (
     Family("SeedVR2", "seedvr.model.NaDiT", unsupported=_NO_OPTIONS),
     Family("MiniMax H3", "minimax.model.MiniMaxH3Model",
            unsupported="it packs several media into one sequence, which is not implemented"),
+    Family("Wan Animate 2", "wan.model_animate2.WanAnimate2Model",
+           unsupported="ComfyUI runs its blocks without calling them, so they cannot be changed"),
     Family("Wan autoregressive", "wan.ar_model.CausalWanModel",
            unsupported="each evaluation moves its cache of past frames on, so there can be no "
            "second one"),

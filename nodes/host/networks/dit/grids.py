@@ -33,9 +33,9 @@ def grid_of(shape: Any, patch: Patch) -> TokenGrid:
     return TokenGrid(-(-frames // patch[0]), -(-shape[-2] // patch[1]), -(-shape[-1] // patch[2]))
 
 
-def references(call: Call, patch: Patch) -> int:
+def references(call: Call, patch: Patch, name: str = "ref_latents") -> int:
     """Return the number of tokens of a call's reference images."""
-    images = call.extra.get("ref_latents") or ()
+    images = call.extra.get(name) or ()
     return sum(grid_of(image.shape, patch).tokens for image in images)
 
 
@@ -59,9 +59,30 @@ def reference_patches(_network: Any, call: Call, _grid: TokenGrid) -> int:
     return 0 if patches is None else patches.shape[1]
 
 
-def padding(network: Any, _call: Call, grid: TokenGrid) -> int:
-    """Return the number of tokens that fill the sequence up."""
-    return -grid.tokens % (getattr(network, "pad_tokens_multiple", None) or 1)
+def _to_fill(network: Any, tokens: int) -> int:
+    """Return the number of tokens that fill a part of the sequence up."""
+    return -tokens % (getattr(network, "pad_tokens_multiple", None) or 1)
+
+
+def frames_and_padding(network: Any, call: Call, grid: TokenGrid) -> int:
+    """Return the number of tokens of reference frames, and of those that fill the sequence up."""
+    frames = references(call, patch_size(network), "ref_frames")
+    return frames + _to_fill(network, grid.tokens + frames)
+
+
+def padded_prompt(network: Any, call: Call) -> int | None:
+    """Return the number of tokens of the prompt; None with reference images, which bring more."""
+    if call.c_crossattn is None or call.extra.get("ref_latents"):
+        return None
+    tokens = call.c_crossattn.shape[1]
+    extra = call.extra.get("direct_context")
+    tokens += 0 if extra is None else extra.shape[1]
+    return tokens + _to_fill(network, tokens)
+
+
+def none(*_: Any) -> int:
+    """Return the number of tokens beside the image where it alone attends to itself."""
+    return 0
 
 
 def reference_image(network: Any, call: Call, _grid: TokenGrid) -> int:
