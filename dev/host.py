@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dev.answers import content, execution_error, refusal
 from dev.environment import python_command
 from dev.machine import device_flags, free_port, link_folder, require_free, server_environment
 from dev.places import DEMO_FOLDER, DEMO_PACK, PACK_FOLDER, ROOT, WINDOWS
@@ -33,6 +34,7 @@ class Server:
         demo: install the demo model's development-only pack too.
         port: a fixed port, or None for any free one.
         models: show this folder as the server's `models`.
+        frontend: serve this frontend, or None for the environment's.
         on_line: called with every line of the server's log.
     """
 
@@ -43,6 +45,7 @@ class Server:
         demo: bool = False,
         port: int | None = None,
         models: Path | None = None,
+        frontend: Path | None = None,
         on_line: Callable[[str], None] | None = None,
     ) -> None:
         self.tree = tree
@@ -51,6 +54,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.lines: list[str] = []
         self._models = models
+        self._frontend = frontend
         self._on_line = on_line
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
@@ -107,12 +111,14 @@ class Server:
 
     def _command(self) -> list[str]:
         database = (self.base / "user" / "comfyui.db").as_posix()
+        frontend = ("--front-end-root", self._frontend) if self._frontend else ()
         return python_command(
             self.tree / "main.py",
             *("--base-directory", self.base),
             *("--port", self.port),
             *("--database-url", f"sqlite:///{database}"),
             *("--disable-auto-launch", "--disable-api-nodes", "--preview-method", "none"),
+            *frontend,
             *device_flags(),
         )
 
@@ -187,10 +193,10 @@ class Server:
         )
         try:
             with urllib.request.urlopen(request) as answer:
-                return answer.status, _document(answer.read())
+                return answer.status, content(answer.read())
         except urllib.error.HTTPError as error:
             with error:
-                return error.code, _document(error.read())
+                return error.code, content(error.read())
 
     def queue(self, graph: Mapping[str, Any], client: str = "dev") -> str:
         """Queue an API-format workflow and return its id."""
@@ -221,29 +227,3 @@ class Server:
     def image_bytes(self, image: Mapping[str, str]) -> bytes:
         """Return the file behind one entry of an output's `images`."""
         return self.get("/view?" + urllib.parse.urlencode(dict(image)))
-
-
-def _document(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except ValueError:
-        return body.decode(errors="replace")
-
-
-def execution_error(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what ComfyUI recorded about the node that failed, or None."""
-    return dict(entry["status"]["messages"]).get("execution_error")
-
-
-def refusal(answer: Any) -> str:
-    """Say in one line why a workflow was refused."""
-    if not isinstance(answer, dict):
-        return str(answer)
-    causes = [
-        f"{node.get('class_type')}: {error.get('message')} ({error.get('details')})"
-        for node in (answer.get("node_errors") or {}).values()
-        for error in node.get("errors", [])
-    ]
-    error = answer.get("error")
-    general = error.get("message", error) if isinstance(error, dict) else error
-    return "; ".join(causes) or str(general)

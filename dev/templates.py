@@ -2,7 +2,8 @@
 
 The source of a workflow is `example_workflows/NAME.json`, drawn in ComfyUI (`dev.py serve`) and
 exported there. This opens it in a headless browser, saves it again, and writes what goes with
-it: its API copy in `api/`, and the picture on its card in ComfyUI's template browser.
+it: its API copy in `api/`, and the picture on its card in ComfyUI's template browser. Subgraph
+blueprints, `subgraphs/NAME.json`, are only saved again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dev.places import DEMO_PACK, PACK_FOLDER, ROOT
 from dev.say import Failure, say
 
 FOLDER = ROOT / "example_workflows"
+BLUEPRINTS = ROOT / "subgraphs"
 WINDOW = {"width": 1400, "height": 1400}  # cards are square
 THUMBNAIL = (560, 560)
 SETTINGS = {
@@ -57,7 +59,8 @@ def main(names: list[str]) -> int:
     chromium = browser.ensure()
     if chromium is None:
         raise Failure("Saving workflows needs a Chromium: set SEG_CHROMIUM.")
-    paths = [FOLDER / f"{name}.json" for name in names] or sorted(FOLDER.glob("*.json"))
+    every = sorted([*FOLDER.glob("*.json"), *BLUEPRINTS.glob("*.json")])
+    paths = [path for path in every if path.stem in names or not names]
     documents = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     with Server(pinned_tree(CURRENT)) as host, sync_playwright() as play:
         (host.base / "user" / "default").mkdir(parents=True, exist_ok=True)
@@ -78,9 +81,19 @@ def main(names: list[str]) -> int:
     return 0
 
 
+def subgraphs(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the subgraphs that a workflow defines."""
+    return document.get("definitions", {}).get("subgraphs", [])
+
+
+def all_nodes(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the nodes of a workflow and of its subgraphs."""
+    return [node for graph in (document, *subgraphs(document)) for node in graph["nodes"]]
+
+
 def provide_models(host: Server, document: dict[str, Any], file: Path) -> None:
     """Place a file under each name that a workflow loads, so that nothing is marked missing."""
-    for node in document["nodes"]:
+    for node in all_nodes(document):
         for model in node["properties"].get("models", []):
             target = host.base / "models" / model["directory"] / model["name"]
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +105,10 @@ def name_packs(document: dict[str, Any], definitions: dict[str, Any]) -> None:
     """Say in each node which pack it is from, as the Manager wants to know."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     version = project.partition('\nversion = "')[2].partition('"')[0]
-    for node in document["nodes"]:
+    named = {graph["id"] for graph in subgraphs(document)}
+    for node in all_nodes(document):
+        if node["type"] in named:
+            continue
         module = definitions.get(node["type"], {}).get("python_module", "")
         ours = module == f"custom_nodes.{PACK_FOLDER}"
         name, release = ("smoothed-energy-guidance", version) if ours else ("comfy-core", CURRENT)
@@ -101,18 +117,28 @@ def name_packs(document: dict[str, Any], definitions: dict[str, Any]) -> None:
 
 
 def _save(page: Any, path: Path, document: dict[str, Any]) -> None:
-    from PIL import Image
-
     page.evaluate("document => app.loadGraphData(document)", document)
     page.wait_for_timeout(1500)
-    for target, text in zip((path, FOLDER / "api" / path.name), page.evaluate(EXPORT), strict=True):
-        target.write_text(text, encoding="utf-8", newline="\n")
+    workflow, prompt = page.evaluate(EXPORT)
+    saved = json.loads(workflow)
+    for graph, source in zip(subgraphs(saved), subgraphs(document), strict=True):
+        graph["category"] = source["category"]  # the frontend reads it, but does not save it
+    workflow = json.dumps(saved, indent=2, ensure_ascii=False)
+    path.write_text(workflow, encoding="utf-8", newline="\n")
+    if path.parent == FOLDER:
+        (FOLDER / "api" / path.name).write_text(prompt, encoding="utf-8", newline="\n")
+        _save_thumbnail(page, path.with_suffix(".jpg"))
+    say(f"{path.relative_to(ROOT)}")
+
+
+def _save_thumbnail(page: Any, path: Path) -> None:
+    from PIL import Image
+
     page.evaluate(FOCUS)
     page.wait_for_timeout(1500)
     picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
     picture = picture.resize(THUMBNAIL, Image.Resampling.LANCZOS)
-    picture.save(path.with_suffix(".jpg"), quality=85, optimize=True)
-    say(f"{path.relative_to(ROOT)}, its API copy and its thumbnail")
+    picture.save(path, quality=85, optimize=True)
 
 
 if __name__ == "__main__":

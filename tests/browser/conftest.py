@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
+from choice import some
 
-from dev import browser, stock_checkpoint
+from dev import browser, frontends, stock_checkpoint
 from dev.host import Server
 from dev.machine import link_file
 
@@ -18,15 +21,43 @@ if HERE not in sys.path:
     sys.path.append(HERE)  # for `frontend`
 
 
+FRONTENDS = {"pinned": lambda: None, "newest": frontends.newest}
+
+
+def pytest_generate_tests(metafunc):
+    """Run every test on each frontend; the newest one is left to `--all`."""
+    if "host" in metafunc.fixturenames:
+        metafunc.parametrize("host", some(FRONTENDS, "pinned"), indirect=True)
+
+
 @pytest.fixture(scope="session")
-def host() -> Iterator[Server]:
-    """A running server with this pack, and the demo model, which draws in seconds."""
+def served() -> Iterator[Callable[[str], Server]]:
+    """Servers with this pack and the demo model, which draws in seconds; started when asked for."""
     tree = Path(os.environ["COMFYUI_PATH"]).resolve()
     made = stock_checkpoint.files(tree)["checkpoint"]
-    with Server(tree, demo=True) as server:
-        link_file(made, server.base / "models" / "checkpoints" / made.name)
-        (server.base / "user" / "default").mkdir(parents=True, exist_ok=True)
+    with ExitStack() as running:
+
+        @cache
+        def server(frontend: str) -> Server:
+            started = Server(tree, demo=True, frontend=FRONTENDS[frontend]())
+            running.enter_context(started)
+            link_file(made, started.base / "models" / "checkpoints" / made.name)
+            (started.base / "user" / "default").mkdir(parents=True, exist_ok=True)
+            return started
+
         yield server
+
+
+@pytest.fixture
+def host(request, served) -> Server:
+    """The running server with the frontend that the test is for."""
+    return served(request.param)
+
+
+@pytest.fixture
+def rendering(request) -> str:
+    """How the frontend draws nodes: `classic` on a canvas, or `Nodes 2.0` in the page."""
+    return getattr(request, "param", "classic")
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +78,18 @@ def chromium() -> Iterator[object]:
 
 
 @pytest.fixture
-def page(chromium, host) -> Iterator[object]:
+def page(chromium, host, rendering) -> Iterator[object]:
     """A page with the frontend loaded and no workflow of an earlier visit."""
     context = chromium.new_context(viewport={"width": 1600, "height": 1100})
     opened = context.new_page()
     opened.set_default_timeout(60_000)
-    # English, and no greeting over the graph.
-    host.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"})
+    # English, and no greeting over the graph or the app.
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.OnboardingCoachmarks.Seen": ["appMode"],
+        "Comfy.Locale": "en",
+    }
+    host.post("/settings", {**settings, "Comfy.VueNodes.Enabled": rendering == "Nodes 2.0"})
     opened.goto(host.url)
     opened.wait_for_function(browser.READY, timeout=120_000)
     yield opened

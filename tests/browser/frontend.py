@@ -1,8 +1,10 @@
-"""What the tests of the frontend share: an empty workflow, opening one, and screenshots."""
+"""What the tests of the frontend share: opening workflows, searching nodes, and screenshots."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -20,3 +22,16 @@ def open_workflow(page, workflow: dict) -> None:
     page.wait_for_timeout(2500)
     page.keyboard.press(".")  # fit the view to the graph
     page.wait_for_timeout(1000)
+
+
+def open_search(page):
+    """Open the search for nodes; on a busy machine two clicks may come too far apart."""
+    field = page.get_by_placeholder("Add a node")
+    for _ in range(10):
+        page.mouse.dblclick(800, 600)
+        try:
+            field.wait_for(timeout=5000)
+        except PlaywrightTimeout:
+            continue
+        return field
+    raise AssertionError("a double click on the canvas does not open the search")

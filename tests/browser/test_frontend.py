@@ -7,8 +7,7 @@ import re
 
 import pytest
 from choice import some
-from frontend import EMPTY, ROOT, WORKFLOWS, keep_picture, open_workflow
-from playwright.sync_api import TimeoutError as PlaywrightTimeout
+from frontend import EMPTY, ROOT, WORKFLOWS, keep_picture, open_search, open_workflow
 
 from dev import browser
 from dev.templates import provide_models
@@ -37,19 +36,6 @@ def test_the_node_is_drawn_with_all_its_widgets(page):
     assert names == [name for name in declared if name != "model"]
     page.wait_for_timeout(500)
     keep_picture(page, "node")
-
-
-def open_search(page):
-    """Open the search for nodes; on a busy machine two clicks may come too far apart."""
-    field = page.get_by_placeholder("Add a node")
-    for _ in range(10):
-        page.mouse.dblclick(800, 600)
-        try:
-            field.wait_for(timeout=5000)
-        except PlaywrightTimeout:
-            continue
-        return field
-    raise AssertionError("a double click on the canvas does not open the search")
 
 
 @pytest.mark.parametrize("words", some(["SEG", "smoothed", "self-attention guidance"], "smoothed"))

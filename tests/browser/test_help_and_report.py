@@ -65,7 +65,8 @@ def test_help_opens_in_each_language(host, page, language):
     assert all(width > 100 for width in widths)
 
 
-def test_the_report_appears_on_the_node_after_a_run(host, page):
+@pytest.mark.parametrize("rendering", ["classic", "Nodes 2.0"], indirect=True)
+def test_the_report_appears_on_the_node_after_a_run(host, page, rendering):
     page.evaluate("graph => app.loadApiJson(graph, 'report')", report_graph())
     page.wait_for_timeout(1500)
     page.evaluate("() => app.queuePrompt(0)")
@@ -90,7 +91,11 @@ def test_the_report_appears_on_the_node_after_a_run(host, page):
         }"""
     )
     page.wait_for_timeout(2500)
-    keep_picture(page, "report on the node")
+    keep_picture(page, f"report on the node, {rendering}")
+    if rendering == "Nodes 2.0":
+        preview = page.locator("[data-node-id] img").first
+        assert preview.is_visible()
+        assert preview.evaluate("image => image.naturalWidth") >= 900
     (found,) = page.evaluate("() => Object.values(app.nodeOutputs).filter(one => one?.text)")
     (image,) = found["images"]
     drawn = Image.open(io.BytesIO(host.image_bytes(image)))

@@ -25,6 +25,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "example_workflows"
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 
 
 def read(path: Path) -> Any:
@@ -70,10 +71,10 @@ def test_each_workflow_has_an_api_copy_a_name_for_a_url_and_a_thumbnail():
 
 def test_a_workflow_opens_whole_and_its_api_copy_is_the_same_graph(name, document):
     assert document["version"] == 0.4
-    assert faults(document, DEFINITIONS) == []
+    assert PROMPTS[name] == prompt_of(document, DEFINITIONS)
+    assert list(faults(PROMPTS[name], DEFINITIONS)) == []
     assert {node["type"] for node in document["nodes"]} & set(PROMISED)
     assert all(node["mode"] == 0 for node in document["nodes"])
-    assert PROMPTS[name] == prompt_of(document, DEFINITIONS)
     assert not [node for node in document["nodes"] if node["type"].startswith("LoadImage")]
 
 
@@ -94,53 +95,37 @@ def with_input(part: str, position: int | None = None) -> dict[str, Any]:
 
 def test_saved_workflows_stay_valid_when_an_optional_input_is_appended(name, document):
     later = with_input("optional")
-    assert faults(document, later) == []
     assert prompt_of(document, later) == PROMPTS[name]
+    assert list(faults(PROMPTS[name], later)) == []
 
 
 @pytest.mark.parametrize(("part", "position"), [("optional", 0), ("required", None)])
 def test_an_input_that_is_inserted_or_required_is_noticed(part, position):
     later = with_input(part, position)
-    assert any(faults(document, later) for document in DOCUMENTS.values())
+    prompts = [prompt_of(document, later) for document in DOCUMENTS.values()]
+    assert any(fault for prompt in prompts for fault in faults(prompt, later))
 
 
-def first(document: dict[str, Any], kind: str) -> dict[str, Any]:
-    return next(node for node in document["nodes"] if node["type"] == kind)
-
-
-def given(kind: str, position: int, value: Any):
-    """Return what writes a value into the first node of this kind."""
-    return lambda document: first(document, kind)["widgets_values"].__setitem__(position, value)
-
-
-def socket(kind: str, position: int, **changed: Any):
-    """Return what changes an input of the first node of this kind."""
-    return lambda document: first(document, kind)["inputs"][position].update(changed)
-
-
-PLANTED = {
-    "is no node": lambda document: first(document, "VAEDecode").update(type="NoSuchNode"),
-    "'sharp' for branch": given("SEGuidance", 6, "sharp"),
-    "'full' for scale": given("SEGuidance", 0, "full"),
-    "1 for infinite_blur": given("SEGuidance", 1, 1),
-    "-1 for cfg": given("KSampler", 3, -1),
-    "'randomize' for control": given("KSampler", 1, "randomize"),
-    "no value for denoise": lambda document: first(document, "KSampler")["widgets_values"].pop(),
-    "more values": lambda document: first(document, "SEGuidance")["widgets_values"].append(1),
-    "no input latent": socket("KSampler", 3, name="latent"),
-    "nothing connected to clip": socket("CLIPTextEncode", 0, link=None),
-    "links and inputs": lambda document: document["links"].pop(),
-    "links and outputs": lambda document: document["links"][0].__setitem__(1, 99),
-    "to an input of another type": lambda document: document["links"][0].__setitem__(5, "VAE"),
-    "last_node_id": lambda document: document["nodes"].append(document["nodes"][-1]),
-}
-
-
-@pytest.mark.parametrize(("words", "plant"), PLANTED.items(), ids=PLANTED)
-def test_a_planted_fault_is_found(words, plant):
-    document = copy.deepcopy(DOCUMENTS["SEG SDXL - text to image"])
-    plant(document)
-    assert any(words in fault for fault in faults(document, DEFINITIONS))
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "words"),
+    [
+        ("SEGuidance", "branch", "sharp", "allow 'sharp' for branch"),
+        ("SEGuidance", "infinite_blur", 1, "allow 1 for infinite_blur"),
+        ("KSampler", "cfg", -1, "allow -1 for cfg"),
+        ("KSampler", "blur", 1.0, "no input blur"),
+        ("KSampler", "seed", None, "nothing for seed"),
+        ("CLIPTextEncode", "clip", None, "nothing for clip"),
+        ("VAEDecode", "vae", ["2", 0], "allow ['2', 0] for vae"),
+    ],
+)
+def test_a_planted_fault_is_found(kind, name, value, words):
+    prompt = copy.deepcopy(PROMPTS["SEG SDXL - text to image"])
+    inputs = next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
+    inputs[name] = value
+    if value is None:
+        del inputs[name]
+    (fault,) = faults(prompt, DEFINITIONS)
+    assert words in fault
 
 
 def test_every_node_names_its_pack_and_loaders_where_their_models_come_from(document):
@@ -161,21 +146,47 @@ def test_every_node_names_its_pack_and_loaders_where_their_models_come_from(docu
         assert model["directory"] == DIRECTORIES[node["type"]]
 
 
-def queued(name: str, kind: str) -> list[dict[str, Any]]:
-    """Return the inputs of a workflow's nodes of this kind, in order."""
-    return [node["inputs"] for node in PROMPTS[name].values() if node["class_type"] == kind]
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if "without a prompt" in name])
+def test_without_a_prompt_means_cfg_1_and_an_empty_text(name):
+    nodes = PROMPTS[name].values()
+    assert [node["inputs"]["cfg"] for node in nodes if node["class_type"] == "KSampler"][-1] == 1
+    texts = [node["inputs"]["text"] for node in nodes if node["class_type"] == "CLIPTextEncode"]
+    assert "" in texts
 
 
-@pytest.mark.parametrize(
-    "name", ["SEG SDXL - without a prompt", "SEG SDXL - ControlNet without a prompt"]
-)
-def test_without_a_prompt_means_cfg_1_and_one_empty_text(name):
-    run = queued(name, "KSampler")[-1]
-    source = PROMPTS[name][run["positive"][0]]
-    conds = run
-    if source["class_type"] == "ControlNetApplyAdvanced":
-        conds = source["inputs"]
-        source = PROMPTS[name][conds["positive"][0]]
-    assert run["cfg"] == 1
-    assert conds["positive"] == conds["negative"]
-    assert source["inputs"]["text"] == ""
+# Blueprints and the app.
+
+
+def inside(graph: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a subgraph as a prompt, with a node for what is outside of it, and definitions."""
+    links = [[link["id"], link["origin_id"], link["origin_slot"]] for link in graph["links"]]
+    prompt = prompt_of({"nodes": graph["nodes"], "links": links}, DEFINITIONS)
+    outputs = [entry["type"] for entry in graph["inputs"]]
+    outside = {"input": {}, "input_order": {}, "output": outputs}
+    prompt["-10"] = {"class_type": "outside", "inputs": {}}
+    return prompt, {**DEFINITIONS, "outside": outside}
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_is_one_described_subgraph_of_valid_nodes(path):
+    document = read(path)
+    (graph,) = document["definitions"]["subgraphs"]
+    assert [node["type"] for node in document["nodes"]] == [graph["id"]]
+    assert graph["name"] == path.stem
+    assert graph["description"]
+    assert {node["type"] for node in graph["nodes"]} & set(PROMISED)
+    assert list(faults(*inside(graph))) == []
+    for node in graph["nodes"]:
+        ours = node["type"] in PROMISED
+        assert node["properties"]["cnr_id"] == (PROJECT["name"] if ours else "comfy-core")
+
+
+def test_the_app_shows_the_picture_and_inputs_that_exist():
+    document = DOCUMENTS["SEG SDXL - app"]
+    kinds = {node["id"]: node["type"] for node in document["nodes"]}
+    shown = document["extra"]["linearData"]
+    assert document["extra"]["linearMode"]
+    assert [kinds[key] for key in shown["outputs"]] == ["SaveImage"]
+    for key, name, *_ in shown["inputs"]:
+        definition = DEFINITIONS[kinds[key]]["input"]
+        assert name in {**definition["required"], **definition.get("optional", {})}

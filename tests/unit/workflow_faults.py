@@ -1,4 +1,4 @@
-"""What can be wrong with a workflow file, and the prompt that the frontend makes of it.
+"""The prompt that the frontend makes of a workflow file, and what can be wrong with it.
 
 A workflow is a document of the format 0.4, definitions are ComfyUI's `/object_info`. Written from
 the format, with no look at the frontend; `tests/browser` compares the two.
@@ -9,13 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-NOTE = "MarkdownNote"
+NOTE = "MarkdownNote"  # the one node that the server does not know
 TYPES = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str}
-
-
-def graph_nodes(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the nodes that the server knows: all but notes."""
-    return [node for node in document["nodes"] if node["type"] != NOTE]
 
 
 def specs(definition: dict[str, Any]) -> dict[str, list[Any]]:
@@ -29,103 +24,32 @@ def kind_of(spec: list[Any]) -> str:
     return "COMBO" if isinstance(spec[0], list) else spec[0]
 
 
-def widgets(definition: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+def widgets(definition: dict[str, Any]) -> list[str]:
     """Return what `widgets_values` holds; behind a seed stands its control, which has no name."""
-    found: list[tuple[str, Any]] = []
-    for key, spec in specs(definition).items():
+    names = []
+    for name, spec in specs(definition).items():
         if kind_of(spec) in TYPES:
-            found.append((key, spec))
-            if spec[1].get("control_after_generate"):
-                found.append(("", [["fixed"], {}]))
-    return found
-
-
-def faults(document: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
-    """Return what a person who opens this workflow would have to repair."""
-    found = []
-    for node in graph_nodes(document):
-        definition = definitions.get(node["type"])
-        told = ["is no node of ComfyUI or ours"]
-        if definition:
-            told = [*socket_faults(node, definition), *widget_faults(node, definition)]
-        found += [f"{node['type']} {node['id']} {fault}" for fault in told]
-    return [*found, *link_faults(document)]
-
-
-def socket_faults(node: dict[str, Any], definition: dict[str, Any]) -> Iterator[str]:
-    declared = specs(definition)
-    linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
-    for entry in node["inputs"]:
-        if entry["name"] not in declared or entry["type"] != kind_of(declared[entry["name"]]):
-            yield f"has no input {entry['name']} of type {entry['type']}"
-    for key in definition["input"].get("required", {}):
-        if kind_of(declared[key]) not in TYPES and key not in linked:
-            yield f"has nothing connected to {key}"
-    if [entry["type"] for entry in node["outputs"]] != definition["output"]:
-        yield "has other outputs than declared"
-
-
-def widget_faults(node: dict[str, Any], definition: dict[str, Any]) -> Iterator[str]:
-    expected, values = widgets(definition), node.get("widgets_values", [])
-    if len(values) > len(expected):
-        yield "holds more values than it has widgets"
-    for (key, spec), value in zip(expected, values, strict=False):
-        if not is_allowed(spec, value):
-            yield f"does not allow {value!r} for {key or 'control after generate'}"
-    # Inputs are appended, so a file from before has fewer values; the frontend takes defaults.
-    for key, _ in expected[len(values) :]:
-        if key in definition["input"].get("required", {}):
-            yield f"holds no value for {key}"
-
-
-def is_allowed(spec: list[Any], value: Any) -> bool:
-    kind, options = kind_of(spec), spec[1]
-    if not isinstance(value, TYPES[kind]) or isinstance(value, bool) != (kind == "BOOLEAN"):
-        return False
-    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
-    is_chosen = not choices or value in choices
-    return is_chosen and options.get("min", value) <= value <= options.get("max", value)
-
-
-def link_faults(document: dict[str, Any]) -> Iterator[str]:
-    nodes, links = document["nodes"], document["links"]
-    keys = [node["id"] for node in nodes]
-    if len(set(keys)) != len(keys) or max(keys) != document["last_node_id"]:
-        yield "node ids are not unique, or last_node_id is not the last"
-    if len({link[0] for link in links}) != len(links):
-        yield "link ids are not unique"
-    starts = {
-        (key, node["id"], slot, entry["type"])
-        for node in nodes
-        for slot, entry in enumerate(node["outputs"])
-        for key in entry["links"] or []
-    }
-    if starts != {(key, origin, slot, kind) for key, origin, slot, _, _, kind in links}:
-        yield "links and outputs disagree"
-    ends = {
-        (entry["link"], node["id"], slot): entry["type"]
-        for node in nodes
-        for slot, entry in enumerate(node["inputs"])
-        if entry["link"] is not None
-    }
-    if ends.keys() != {(key, target, slot) for key, _, _, target, slot, _ in links}:
-        yield "links and inputs disagree"
-    for key, _, _, target, slot, kind in links:
-        if ends.get((key, target, slot), kind) not in (kind, "*"):
-            yield f"link {key} carries {kind} to an input of another type"
+            names += [name, ""] if spec[1].get("control_after_generate") else [name]
+    return names
 
 
 def prompt_of(document: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """Return the prompt that the frontend queues for a workflow, which is its API copy."""
+    """Return the prompt that the frontend queues for a workflow, which is its API copy.
+
+    Inputs are appended, so a file from before has fewer values; the frontend takes defaults.
+    """
     origins = {link[0]: [str(link[1]), link[2]] for link in document["links"]}
     prompt = {}
-    for node in graph_nodes(document):
+    for node in document["nodes"]:
+        if node["type"] == NOTE:
+            continue
         definition = definitions[node["type"]]
-        keys = [key for key, _ in widgets(definition)]
-        inputs = dict(zip(keys, node.get("widgets_values", []), strict=False))
-        inputs.pop("", None)
+        names, values = widgets(definition), node.get("widgets_values", [])
+        assert len(values) <= len(names), f"{node['type']} holds more values than it has widgets"
+        inputs = dict(zip(names, values, strict=False))
+        assert inputs.pop("", "fixed") == "fixed", f"the seed of {node['type']} would change"
         linked = {entry["name"]: entry["link"] for entry in node["inputs"]}
-        inputs |= {key: origins[link] for key, link in linked.items() if link is not None}
+        inputs |= {name: origins[link] for name, link in linked.items() if link is not None}
         title = node.get("title") or definition["display_name"] or node["type"]
         prompt[str(node["id"])] = {
             "inputs": inputs,
@@ -133,3 +57,31 @@ def prompt_of(document: dict[str, Any], definitions: dict[str, Any]) -> dict[str
             "_meta": {"title": title},
         }
     return prompt
+
+
+def faults(prompt: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
+    """Yield what the server would refuse."""
+    outputs = {key: definitions[node["class_type"]]["output"] for key, node in prompt.items()}
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        declared = specs(definitions[kind])
+        for name in definitions[kind]["input"].get("required", {}):
+            if name not in inputs:
+                yield f"{kind} has nothing for {name}"
+        for name, value in inputs.items():
+            if name not in declared:
+                yield f"{kind} has no input {name}"
+            elif not is_allowed(declared[name], value, outputs):
+                yield f"{kind} does not allow {value!r} for {name}"
+
+
+def is_allowed(spec: list[Any], value: Any, outputs: dict[str, list[str]]) -> bool:
+    """Tell whether an input takes a value, or what comes over a link: a node and its output."""
+    kind, options = kind_of(spec), spec[1]
+    if isinstance(value, list):
+        return kind in (outputs[value[0]][value[1]], "*")
+    if not isinstance(value, TYPES[kind]) or isinstance(value, bool) != (kind == "BOOLEAN"):
+        return False
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
+    is_chosen = not choices or value in choices
+    return is_chosen and options.get("min", value) <= value <= options.get("max", value)
