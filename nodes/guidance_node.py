@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
 from ..seg_core import Window
 from . import host
+from .host.settings.changes import Change
+from .host.settings.perturbation import Perturbation
 
-Change = host.SmoothQueries | host.ChangeOutput | host.ChangeTokens | host.SkipBlock
-Perturbation = host.BlockPerturbation | host.InputBlur
 
-
-class GuidanceNode:
+class GuidanceNode(io.ComfyNode):
     """A node that guides sampling away from a prediction that it makes worse.
 
     A node class declares its schema and says what makes the prediction worse. Every method is given
@@ -30,11 +30,6 @@ class GuidanceNode:
     NEUTRAL: ClassVar[str] = "scale"
 
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Declare the node."""
-        raise NotImplementedError
-
-    @classmethod
     def execute(cls, model: Any, *values: Any, **widgets: Any) -> io.NodeOutput:
         """Return a guided clone of a model; without effect, a plain clone and a warning.
 
@@ -44,9 +39,10 @@ class GuidanceNode:
             widgets: widgets by name; those in neither have their defaults.
 
         Raises:
+            TypeError: if there is no such widget.
             ValueError: if a widget is out of its range, or the model cannot be perturbed so.
         """
-        widgets = _complete(cls.define_schema().inputs, values, widgets)
+        widgets = _given(cls.define_schema().inputs, values, widgets)
         branch = host.Branch(
             cls.perturbation(model, **widgets),
             scale=widgets["scale"],
@@ -55,6 +51,7 @@ class GuidanceNode:
             rescale=widgets["rescale"],
             rescale_mode=widgets["rescale_mode"],
             reuse=widgets.get("reuse", False),
+            every=widgets.get("every", 1),
         )
         return io.NodeOutput(host.guided(model, branch, cls.no_effect(**widgets)))
 
@@ -75,21 +72,21 @@ class GuidanceNode:
         return f"{cls.NEUTRAL} is 0." if widgets[cls.NEUTRAL] == 0 else ""
 
 
-def _complete(
+def _given(
     inputs: Sequence[io.Input], values: Sequence[Any], named: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the value of every widget.
-
-    Raises:
-        TypeError: if there is no such widget.
-        ValueError: if a choice is none of its options.
-    """
+    """Return the value of every widget, checked against what the schema declares."""
     widgets = {one.id: one for one in inputs if isinstance(one, io.WidgetInput)}
-    given = {**dict(zip(widgets, values, strict=False)), **named}
-    if len(values) > len(widgets) or given.keys() - widgets.keys():
-        raise TypeError(f"the widgets are {', '.join(widgets)}, got {', '.join(given)}")
-    for name, one in widgets.items():
-        given.setdefault(name, one.default)
-        if isinstance(one, io.Combo.Input) and given[name] not in one.options:
-            raise ValueError(f"{name} must be one of {', '.join(one.options)}, got {given[name]!r}")
-    return given
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    known = Signature([Parameter(name, kind, default=w.default) for name, w in widgets.items()])
+    given = known.bind(*values, **named)
+    given.apply_defaults()
+    for name, value in given.arguments.items():
+        widget = widgets[name]
+        if isinstance(widget, io.Combo.Input) and value not in widget.options:
+            options = ", ".join(widget.options)
+            raise ValueError(f"{name} must be one of {options}, got {value!r}")
+        if isinstance(widget, io.Float.Input) and not widget.min <= value <= widget.max:
+            limits = f"{widget.min:g} and {widget.max:g}"
+            raise ValueError(f"{name} must be between {limits}, got {value}")
+    return given.arguments

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from comfy_api.latest import io
 
-from ..seg_core import KERNELS, RESCALE_MODES
+from ..seg_core import RESCALE_MODES
+from .host import MOST_HELD
 
 CATEGORY = "model/patch/guidance"
 
@@ -53,12 +54,36 @@ def text(name: str, default: str, tooltip: str, *, advanced: bool = True) -> io.
     )
 
 
-def model() -> io.Input:
-    """Return the model to guide."""
-    return io.Model.Input(
-        "model",
-        tooltip="The model to guide. If its self-attention cannot be reached, an error says why.",
-    )
+MODEL = io.Model.Input(
+    "model",
+    tooltip="The model to guide. If its self-attention cannot be reached, an error says why.",
+)
+GUIDED = io.Model.Output(tooltip="The guided model. The model that came in is not changed.")
+RESCALE = [
+    number(
+        "rescale",
+        0.0,
+        "How far to pull the contrast of each image back to that of the unguided prediction, "
+        "against oversaturation. 0 = not at all.",
+        advanced=True,
+    ),
+    choice(
+        "rescale_mode",
+        RESCALE_MODES,
+        "What rescale measures. full = the result with cfg. partial = the prediction with this "
+        "guidance alone. snf = instead of rescaling, keep at each position the stronger of cfg "
+        "and this guidance. full and partial do nothing while rescale is 0.",
+    ),
+]
+REUSE = io.Boolean.Input(
+    "reuse",
+    default=True,
+    optional=True,
+    advanced=True,
+    tooltip="Compute the extra prediction in the same model call as the ordinary ones. "
+    "Everything before the first changed block is computed once, and each weight is read once. "
+    "The result is the same up to rounding. Off = a full extra pass.",
+)
 
 
 def scale(default: float, worse: str, note: str = "") -> io.Input:
@@ -90,9 +115,15 @@ def blocks(
     auto: str = "the middle block of a UNet, a middle range of a transformer",
     *,
     heads: bool = False,
+    random: bool = False,
 ) -> io.Input:
-    """Return the selector of whole blocks or, with `heads`, also of single heads in them."""
+    """Return the selector of whole blocks, with `heads` of single heads, or of `random` blocks."""
     some = " Add a colon and heads to select only those: m0.3:h2,5 or 7:h0-3." if heads else ""
+    if random:
+        some = (
+            " random draws a tenth of the blocks anew in each step (S2-Guidance), random:3 draws "
+            "three, and random:2, 8-20 draws between the named ones; never the first."
+        )
     return text(
         "blocks",
         "auto",
@@ -109,63 +140,32 @@ def branch(
     free: bool = True,
 ) -> io.Input:
     """Return which prediction is perturbed; the arguments say what each choice stands for."""
-    options = {"conditional": conditional, "unconditional": unconditional}
+    options = ["conditional", "unconditional"]
+    meaning = f"conditional = {conditional} unconditional = {unconditional}"
     if free:
-        options["free"] = (
-            "another method: the unconditional prediction itself is perturbed, so there is no "
-            "extra pass. It needs cfg above 1, and a lower cfg than usual."
+        options.append("free")
+        meaning += (
+            " free = another method: the unconditional prediction itself is perturbed, so there is "
+            "no extra pass. It needs cfg above 1, and a lower cfg than usual."
         )
-    return choice(
-        "branch",
-        options,
-        "Which prediction to perturb. "
-        + " ".join(f"{name} = {meaning}" for name, meaning in options.items()),
-    )
+    return choice("branch", options, f"Which prediction to perturb. {meaning}")
 
 
-def rescale() -> list[io.Input]:
-    """Return the correction of oversaturation."""
-    return [
-        number(
-            "rescale",
-            0.0,
-            "How far to pull the contrast of each image back to that of the unguided prediction, "
-            "against oversaturation. 0 = not at all.",
-            advanced=True,
-        ),
-        choice(
-            "rescale_mode",
-            RESCALE_MODES,
-            "What rescale measures. full = the result with cfg. partial = the prediction with this "
-            "guidance alone. snf = instead of rescaling, keep at each position the stronger of cfg "
-            "and this guidance. full and partial do nothing while rescale is 0.",
-        ),
-    ]
-
-
-def kernel(meanings: str) -> io.Input:
-    """Return the shape of the blur."""
-    return choice("kernel", KERNELS, f"How blur_sigma is applied. {meanings}")
-
-
-def reuse() -> io.Input:
-    """Return the switch between joined and separate predictions."""
-    return io.Boolean.Input(
-        "reuse",
-        default=True,
+def every(note: str = "") -> io.Input:
+    """Return how often the extra prediction is made."""
+    return io.Int.Input(
+        "every",
+        default=1,
+        min=1,
+        max=MOST_HELD,
         optional=True,
         advanced=True,
-        tooltip="Compute the extra prediction in the same model call as the ordinary ones. "
-        "Everything before the first changed block is computed once, and each weight is read once. "
-        "The result is the same up to rounding. Off = a full extra pass.",
+        tooltip="Make the extra prediction in every n-th guided step only, and hold the last "
+        "difference between them: a held step costs nothing extra. SEG Report and the log say how "
+        f"far off it was.{note} 1 = in every step.",
     )
 
 
-def extra_prediction(conditional: str) -> list[io.Input]:
-    """Return the last inputs of PAG, TPG and SLG: how the extra prediction is made and used."""
-    return [branch(conditional), *rescale(), reuse()]
-
-
-def guided_model() -> io.Output:
-    """Return the model output."""
-    return io.Model.Output(tooltip="The guided model. The model that came in is not changed.")
+def extra_prediction(conditional: str, note: str = "") -> list[io.Input]:
+    """Return the last inputs of PAG, TPG, SSG and SLG: how the extra prediction is made."""
+    return [branch(conditional), *RESCALE, REUSE, every(note)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
 from ..seg_core import identity_attention
@@ -13,43 +12,16 @@ from . import inputs
 from .guidance_node import GuidanceNode
 from .host import ChangeOutput
 
-
-@dataclass(frozen=True)
-class SeeItself:
-    """Attention maps are drawn towards the identity; see `identity_attention`.
-
-    Attributes:
-        strength: 0 leaves the map as it is; at 1 each token sees itself alone.
-
-    Raises:
-        ValueError: if the strength is not between 0 and 1.
-    """
-
-    strength: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength must be between 0 and 1, got {self.strength}")
-
-    @property
-    def needs_map(self) -> bool:
-        """True if anything of the attention map is left."""
-        return self.strength != 1
-
-    def __call__(self, out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return the output of attention, drawn towards the tokens' own values."""
-        return identity_attention(out, value, self.strength)
-
-
 INPUTS = [
-    inputs.model(),
+    inputs.MODEL,
     inputs.scale(3.0, "perturbed prediction"),
     *inputs.window(),
     inputs.blocks("Which self-attention blocks to perturb.", heads=True),
     inputs.number(
         "strength",
         1.0,
-        "How far to draw the attention maps to the identity (SoftPAG). 1 = PAG. 0 = no effect.",
+        "How far to move the attention maps towards the identity (SoftPAG). 1 = PAG. 0 = no "
+        "effect.",
         step=0.05,
         advanced=True,
     ),
@@ -72,19 +44,12 @@ class SEGuidancePAG(GuidanceNode, io.ComfyNode):
             category=inputs.CATEGORY,
             description="Makes structures more coherent. Each step predicts once more with "
             "selected self-attention maps replaced by the identity and moves away from it.",
-            search_aliases=[
-                "PAG",
-                "SoftPAG",
-                "perturbed attention guidance",
-                "PerturbedAttentionGuidance",
-                "identity attention",
-                "HeadHunter",
-            ],
+            search_aliases=["SoftPAG", "identity attention", "HeadHunter"],
             inputs=INPUTS,
-            outputs=[inputs.guided_model()],
+            outputs=[inputs.GUIDED],
         )
 
     @classmethod
     def change(cls, *, strength: float, **_: Any) -> ChangeOutput:
         """Return the change of attention in the selected blocks."""
-        return ChangeOutput(SeeItself(strength))
+        return ChangeOutput(partial(identity_attention, strength=strength), needs_map=strength != 1)

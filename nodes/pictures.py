@@ -1,4 +1,4 @@
-"""Pictures with words: captions above images, and images in a labelled grid."""
+"""Pictures with words: images in a grid, with labels above its columns and beside its rows."""
 
 from __future__ import annotations
 
@@ -24,62 +24,35 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(values)
 
 
-def with_caption(image: Image.Image, words: str) -> Image.Image:
-    """Return a picture with a line of words above it."""
-    return labelled_grid([[image]], [words], [""])
-
-
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], across: Sequence[str], down: Sequence[str]
 ) -> Image.Image:
     """Return pictures of one size in rows, with a label above each column and left of each row.
 
-    Args:
-        rows: the pictures; all of one size.
-        across: a label for each column.
-        down: a label for each row; where all are empty there is no such column.
+    Where all labels of columns, or of rows, are empty, no room is left for them.
     """
     width, height = rows[0][0].size
     font = _fitting(across, width)
+    _, top, _, bottom = font.getbbox("Ag")
     gap = max(2, width // 128)
-    head = _height(font) * 2 if any(across) else 0
-    side = _widest(font, down) + 2 * gap if any(down) else 0
-    size = (
-        side + len(rows[0]) * (width + gap) - gap,
-        head + len(rows) * (height + gap) - gap,
-    )
+    head = 2 * round(bottom - top) if any(across) else 0
+    side = round(max(map(font.getlength, down))) + 2 * gap if any(down) else 0
+    size = side + len(across) * (width + gap) - gap, head + len(rows) * (height + gap) - gap
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for x, words in enumerate(across):
         place = (side + x * (width + gap) + width / 2, head / 2)
         draw.text(place, words, FOREGROUND, font, anchor="mm")
-    for y, words in enumerate(down):
-        place = (side - gap * 1.5, head + y * (height + gap) + height / 2)
-        draw.text(place, words, FOREGROUND, font, anchor="rm")
-    for y, row in enumerate(rows):
+    for y, (words, row) in enumerate(zip(down, rows, strict=True)):
+        top = head + y * (height + gap)
+        draw.text((side - 1.5 * gap, top + height / 2), words, FOREGROUND, font, anchor="rm")
         for x, image in enumerate(row):
-            sheet.paste(image, (side + x * (width + gap), head + y * (height + gap)))
+            sheet.paste(image, (side + x * (width + gap), top))
     return sheet
 
 
-def _fitting(words: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+def _fitting(words: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Return the largest font in which every word keeps to its column."""
     size = max(10, width // 14)
-    while size > 10 and _widest(_font(size), words) > width * 0.94:
-        size -= 1
-    return _font(size)
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
-
-
-def _widest(font: ImageFont.FreeTypeFont, words: Sequence[str]) -> int:
-    return max((round(font.getlength(each)) for each in words), default=0)
-
-
-def _height(font: ImageFont.FreeTypeFont) -> int:
-    _, top, _, bottom = font.getbbox("Ag")
-    return round(bottom - top)
+    widest = max(map(ImageFont.load_default(size).getlength, words))
+    return ImageFont.load_default(max(10, min(size, int(size * 0.94 * width / max(widest, 1)))))

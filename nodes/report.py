@@ -15,6 +15,24 @@ from .host.show.progress import tell_node
 log = logging.getLogger(__name__)
 
 ProbeType = io.Custom("SEG_PROBE")
+SHOWN = [
+    io.Image.Output(
+        "plots",
+        tooltip="Over the steps: size of the guidance, effective cfg (above cfg 1), variance and "
+        "log-sum-exp of the attention logits, and time.",
+    ),
+    io.Image.Output(
+        "heat_maps",
+        display_name="heat maps",
+        tooltip="Where guidance acted: for each image, over all guided steps and over "
+        "each third of them.",
+    ),
+    io.String.Output(
+        "summary",
+        tooltip="Five lines: what ran, how strong it was, what the blur did, model "
+        "passes, and time with warnings.",
+    ),
+]
 
 
 class SEGuidanceProbe(io.ComfyNode):
@@ -82,24 +100,7 @@ class SEGuidanceReport(io.ComfyNode):
                     "shown alone.",
                 ),
             ],
-            outputs=[
-                io.Image.Output(
-                    "plots",
-                    tooltip="Over the steps: size of the guidance, variance and log-sum-exp of the "
-                    "attention logits, and time.",
-                ),
-                io.Image.Output(
-                    "heat_maps",
-                    display_name="heat maps",
-                    tooltip="Where guidance acted: for each image, over all guided steps and over "
-                    "each third of them.",
-                ),
-                io.String.Output(
-                    "summary",
-                    tooltip="Five lines: what ran, how strong it was, what the blur did, model "
-                    "passes, and time with warnings.",
-                ),
-            ],
+            outputs=SHOWN,
             hidden=[io.Hidden.unique_id],
         )
 

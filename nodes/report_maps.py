@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from PIL import Image
 
 from .host.probe.probe import Record
-from .pictures import BACKGROUND, to_image, to_pixels, with_caption
+from .pictures import BACKGROUND, labelled_grid, to_image, to_pixels
 from .report_plots import require_matplotlib
 
 MOST_IMAGES = 16
@@ -24,7 +22,7 @@ def heat_maps(record: Record, image: torch.Tensor | None) -> torch.Tensor:
     """
     if record.heat is None:
         blank = Image.new("RGB", (MAP_SIDE, MAP_SIDE), BACKGROUND)
-        return to_pixels(with_caption(blank, "no guidance to show"))[None]
+        return _captioned(blank, "no guidance to show")[None]
     count = record.heat.shape[1]
     shown = min(count, MOST_IMAGES)
     frames = []
@@ -32,17 +30,20 @@ def heat_maps(record: Record, image: torch.Tensor | None) -> torch.Tensor:
         below = _below(image, index, count)
         for words, squares in _phases(record.heat[:, index]):
             heated = _heated(squares.mean(dim=0).sqrt(), below)
-            frames.append(to_pixels(with_caption(to_image(heated), words)))
+            frames.append(_captioned(to_image(heated), words))
     return torch.stack(frames)
+
+
+def _captioned(image: Image.Image, words: str) -> torch.Tensor:
+    return to_pixels(labelled_grid([[image]], [words], [""]))
 
 
 def _phases(heat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Return all steps of a map, and each third of them where there are three."""
     phases = [("all guided steps", heat)]
     if len(heat) >= 3:
-        edges = itertools.pairwise(round(len(heat) * part / 3) for part in range(4))
         names = ("first third", "second third", "last third")
-        phases += [(name, heat[a:b]) for name, (a, b) in zip(names, edges, strict=True)]
+        phases += zip(names, heat.tensor_split(3), strict=True)
     return phases
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 GRID = "#43434b"
 QUIET = "#a8a8b3"
 GUIDANCE, CFG, PLAIN, BLURRED, WHOLE = "#4cc9f0", "#f9c74f", "#f9844a", "#4cc9f0", "#f94144"
-COLOURS = (GUIDANCE, "#90be6d", "#f15bb5", "#f9844a")
+HELD = "#90be6d"
+COLOURS = (GUIDANCE, HELD, "#f15bb5", "#f9844a")
 LEGEND_COLUMNS = 4
 NEEDS_MATPLOTLIB = (
     "SEG Report draws with matplotlib, which is not installed in ComfyUI's Python. Install it with "
@@ -53,6 +54,7 @@ BLURS = (
 )
 KINDS = {
     "plain": (QUIET, "step without guidance"),
+    "held": (HELD, "held step"),
     "joined": (GUIDANCE, "guided step"),
     "whole": (WHOLE, "guided step with a whole pass"),
 }
@@ -72,19 +74,27 @@ def require_matplotlib() -> Any:
 
 
 def plots(record: Record) -> torch.Tensor:
-    """Return the plots of a run as an IMAGE: guidance, variance, energy, and time by step."""
+    """Return the plots of a run as an IMAGE: guidance, variance, energy, and time by step.
+
+    Where there is a cfg to compare with, the effective cfg is one more.
+    """
     matplotlib = require_matplotlib()
+    effective = _effective_cfg(record)
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(9.6, 12.6), dpi=100, layout="constrained")
+        size = (9.6, 15.4 if effective else 12.6)
+        figure = matplotlib.figure.Figure(figsize=size, dpi=100, layout="constrained")
         figure.get_layout_engine().set(hspace=0.04, h_pad=0.12)
-        guidance, variance, logsumexp, time = figure.subplots(4, 1)
+        guidance, *more, variance, logsumexp, time = figure.subplots(4 + bool(effective), 1)
         lines = _by_block(record)
         _plot_guidance(guidance, record)
+        for panel in more:
+            panel.set_title("Effective cfg of the result")
+            _plot(panel, effective, "o-", color=CFG)
         _plot_blur(variance, lines, "variance", "Variance of the attention logits")
         _plot_blur(logsumexp, lines, "logsumexp", "Log-sum-exp (energy = minus this)")
         _add_energy_axis(logsumexp, lines)
         _plot_time(time, record)
-        for panel in (guidance, variance, logsumexp, time):
+        for panel in figure.axes:
             panel.set_xlim(0.4, len(record.steps) + 0.6)
             panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=12))
         sigmas = [step.noise_sigma for step in record.steps]
@@ -93,6 +103,13 @@ def plots(record: Record) -> torch.Tensor:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return to_pixels(Image.open(buffer))[None]
+
+
+def _effective_cfg(record: Record) -> dict[int, float]:
+    """Return the effective cfg after the last branch of each step, by the numbers of the steps."""
+    last = {n: list(s.branches.values())[-1] for n, s in enumerate(record.steps, 1) if s.branches}
+    found = {number: branch.effective_cfg for number, branch in last.items()}
+    return {number: cfg for number, cfg in found.items() if not math.isnan(cfg)}
 
 
 def _plot_guidance(panel: Axes, record: Record) -> None:
@@ -179,9 +196,12 @@ def _plot_time(panel: Axes, record: Record) -> None:
 
 
 def _kind(step: StepRecord) -> str:
-    if not step.branches:
+    branches = step.branches.values()
+    if not branches:
         return "plain"
-    return "whole" if any(branch.whole for branch in step.branches.values()) else "joined"
+    if all(branch.held for branch in branches):
+        return "held"
+    return "whole" if any(branch.whole for branch in branches) else "joined"
 
 
 def _plot(panel: Axes, points: dict[int, float], *style: Any, **options: Any) -> None:

@@ -38,10 +38,9 @@ def summary(record: Record, runs: int, made_it: bool) -> str:
 
 def _described(branch: Any) -> str:
     perturbation = branch.perturbation
-    sigma = getattr(perturbation.smooth, "sigma", None)
-    blur = ""
-    if sigma is not None:
-        blur = ", infinite blur" if math.isinf(sigma) else f", blur sigma {sigma:g}"
+    smooth, blur = perturbation.smooth, ""
+    if smooth is not None:
+        blur = ", infinite blur" if smooth.one_query else f", blur sigma {smooth.sigma:g}"
     return f"{perturbation.label}, {perturbation.where}, scale {branch.scale:g}{blur}"
 
 
@@ -56,7 +55,18 @@ def _effect(label: str, steps: Sequence[BranchRecord]) -> str:
     direction = "in the same direction as" if cosine > 0 else "against"
     if abs(cosine) <= 0.3:
         direction = "mostly independent of"
-    return f"{begin}: {times:.2f} times the push of cfg, {direction} it (cosine {cosine:+.2f})."
+    push = f"{times:.2f} times the push of cfg, {direction} it (cosine {cosine:+.2f})"
+    return f"{begin}: {push}{_effective_cfg(steps)}."
+
+
+def _effective_cfg(steps: Sequence[BranchRecord]) -> str:
+    """Return which cfg would have done most of it, and how much of it no cfg could do."""
+    found = [step for step in steps if not math.isnan(step.effective_cfg + step.beside)]
+    if not found:
+        return ""
+    cfg = mean(step.effective_cfg for step in found)
+    beside = _percent(mean(step.beside for step in found))
+    return f". The result is nearest to that of cfg {cfg:.3g}; {beside} of the push is beside cfg"
 
 
 def _blur(where: str, steps: Sequence[BranchRecord]) -> str:
@@ -86,15 +96,25 @@ def _passes(record: Record) -> str:
     return (
         f"Extra predictions: {total}, of which {joined} in the same model call as the ordinary "
         f"ones and {separate.total()} in passes of their own{reasons and f' ({reasons})'}."
+        f"{_held(record)}"
     )
+
+
+def _held(record: Record) -> str:
+    """Return how often differences were held, and how far off they were."""
+    branches = [branch for step in record.steps for branch in step.branches.values()]
+    held = sum(branch.held for branch in branches)
+    if not held:
+        return ""
+    off = [branch.off for branch in branches if not math.isnan(branch.off)]
+    checked = f"; off by {_percent(mean(off))} where it was checked" if off else ""
+    return f" The difference was held in {held} of {len(branches)} evaluations{checked}."
 
 
 def predictions(record: Record) -> tuple[int, Counter[str]]:
     """Return how many extra predictions joined the ordinary calls, and the others by reason."""
     branches = [branch for step in record.steps for branch in step.branches.values()]
-    separate: Counter[str] = Counter()
-    for branch in branches:
-        separate.update(branch.whole)
+    separate = sum((Counter(branch.whole) for branch in branches), Counter[str]())
     return sum(branch.joined for branch in branches), separate
 
 

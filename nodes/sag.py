@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..seg_core import require_kernel
+from ..seg_core import KERNELS
 from . import inputs
 from .guidance_node import GuidanceNode
 from .host import InputBlur, network_of
 
 INPUTS = [
-    inputs.model(),
+    inputs.MODEL,
     inputs.scale(0.5, "blurred prediction", " Above 1, images oversaturate."),
     inputs.number(
         "blur_sigma",
@@ -47,10 +47,12 @@ INPUTS = [
         "the prediction for the negative prompt, as in ComfyUI's own node.",
         free=False,
     ),
-    *inputs.rescale(),
-    inputs.kernel(
-        "reference = 9 taps, as in ComfyUI's own node and diffusers; close to a box above 3. full "
-        "= as wide as blur_sigma needs."
+    *inputs.RESCALE,
+    inputs.choice(
+        "kernel",
+        KERNELS,
+        "How blur_sigma is applied. reference = 9 taps, as in ComfyUI's own node and diffusers; "
+        "close to a box above 3. full = as wide as blur_sigma needs.",
     ),
 ]
 
@@ -70,30 +72,16 @@ class SEGuidanceSAG(GuidanceNode, io.ComfyNode):
             category=inputs.CATEGORY,
             description="Sharpens what the model attends to. Each step blurs the predicted image "
             "where self-attention gathers, predicts once more from there and moves away from it.",
-            search_aliases=[
-                "SAG",
-                "self attention guidance",
-                "SelfAttentionGuidance",
-                "blur guidance",
-            ],
+            search_aliases=["SelfAttentionGuidance", "blur guidance"],
             inputs=INPUTS,
-            outputs=[inputs.guided_model()],
+            outputs=[inputs.GUIDED],
         )
 
     @classmethod
-    def perturbation(
-        cls,
-        model: Any,
-        *,
-        blur_sigma: float,
-        threshold: float,
-        blocks: str,
-        mask: str,
-        kernel: str,
-        **_: Any,
-    ) -> InputBlur:
+    def perturbation(cls, model: Any, **widgets: Any) -> InputBlur:
         """Return the blur of the input, and the blocks whose attention tells where."""
-        require_kernel(blur_sigma, kernel)
-        everywhere = mask == "everywhere"
-        source = None if everywhere else network_of(model, cls.LABEL).saliency_source(blocks)
-        return InputBlur(cls.LABEL, source, blur_sigma, kernel, threshold)
+        source = None
+        if widgets["mask"] == "attention":
+            source = network_of(model, cls.LABEL).saliency_source(widgets["blocks"])
+        blur = widgets["blur_sigma"], widgets["kernel"], widgets["threshold"]
+        return InputBlur(cls.LABEL, source, *blur)

@@ -3,71 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 
-from ..seg_core import (
-    AXES,
-    BlurMatrices,
-    TokenGrid,
-    blur_queries,
-    blur_slopes,
-    is_identity,
-    mean_queries,
-    require_axes,
-    require_kernel,
-)
+from ..seg_core import AXES, KERNELS, is_identity
 from . import inputs
 from .guidance_node import GuidanceNode
 from .host import SmoothQueries
 
-
-@dataclass(frozen=True)
-class QueryBlur:
-    """The blur of Smoothed Energy Guidance, as one run of sampling applies it.
-
-    Attributes:
-        sigma: blur width in token cells; ``math.inf`` gives every token the mean query.
-        kernel: ``"reference"`` or ``"full"``.
-        axes: ``"space"``, ``"time"`` or ``"space and time"``.
-
-    Raises:
-        ValueError: if the width is negative or NaN, or kernel or axes are unknown.
-    """
-
-    sigma: float
-    kernel: str
-    axes: str = "space"
-
-    def __post_init__(self) -> None:
-        require_kernel(self.sigma, self.kernel)
-        require_axes(self.axes)
-
-    @property
-    def collapses(self) -> bool:
-        """True if one query stands for all along the axes."""
-        return math.isinf(self.sigma)
-
-    def __call__(
-        self, tokens: torch.Tensor, grid: TokenGrid, matrices: BlurMatrices, one_query: bool
-    ) -> torch.Tensor:
-        """Return the smoothed tokens, or the one that stands for them."""
-        if one_query:
-            return mean_queries(tokens, grid, axes=self.axes)
-        return blur_queries(
-            tokens, grid, self.sigma, kernel=self.kernel, matrices=matrices, axes=self.axes
-        )
-
-    def slopes(self, grid: TokenGrid) -> torch.Tensor:
-        """Return how much of the energy's curvature at each token the blur lets through."""
-        return blur_slopes(grid, self.sigma, kernel=self.kernel, axes=self.axes)
-
-
 INPUTS = [
-    inputs.model(),
+    inputs.MODEL,
     inputs.scale(
         3.0, "smoothed prediction", " The paper fixes it at 3 and controls quality with the blur."
     ),
@@ -88,12 +34,15 @@ INPUTS = [
     *inputs.window(),
     inputs.blocks("Which self-attention blocks to smooth.", heads=True),
     inputs.branch("as in the released code.", "as in the paper's equation 10."),
-    *inputs.rescale(),
-    inputs.kernel(
-        "reference = as in the released code, cut off at the size of the grid. full = not cut off, "
-        "approaches infinite_blur steadily. Ignored while infinite_blur is on."
+    *inputs.RESCALE,
+    inputs.choice(
+        "kernel",
+        KERNELS,
+        "How blur_sigma is applied. reference = as in the released code, cut off at the size of "
+        "the grid. full = not cut off, approaches infinite_blur steadily. Ignored while "
+        "infinite_blur is on.",
     ),
-    inputs.reuse(),
+    inputs.REUSE,
     inputs.choice(
         "axes",
         AXES,
@@ -101,6 +50,15 @@ INPUTS = [
         "at each position. space and time = both; with infinite_blur, one query for the whole "
         "clip. Experimental, for video models.",
     ),
+    inputs.number(
+        "strength",
+        1.0,
+        "How far to move the output of attention towards that of blurred attention (SoftSEG). "
+        "1 = SEG. 0 = no effect.",
+        step=0.05,
+        advanced=True,
+    ),
+    inputs.every(),
 ]
 
 
@@ -119,27 +77,28 @@ class SEGuidance(GuidanceNode, io.ComfyNode):
             description="Makes images more coherent, with or without a prompt. Each step predicts "
             "once more with blurred self-attention and moves away from that prediction.",
             search_aliases=[
-                "SEG",
-                "smoothed energy guidance",
                 "self-attention guidance",
-                "perturbed attention guidance",
                 "query blur",
+                "SoftSEG",
                 "SEGAttention",
                 "SmoothedEnergyGuidanceAdvanced",
             ],
             inputs=INPUTS,
-            outputs=[inputs.guided_model()],
+            outputs=[inputs.GUIDED],
         )
 
     @classmethod
     def change(cls, **widgets: Any) -> SmoothQueries:
         """Return the change of the queries in the selected blocks."""
-        return SmoothQueries(_blur(**widgets))
+        sigma = math.inf if widgets["infinite_blur"] else widgets["blur_sigma"]
+        return SmoothQueries(sigma, widgets["kernel"], widgets["axes"], widgets["strength"])
 
     @classmethod
     def no_effect(cls, **widgets: Any) -> str:
         """Return why these widgets have no effect; empty if they have one."""
-        blur = _blur(**widgets)
+        blur = cls.change(**widgets)
+        if blur.strength == 0:
+            return "strength is 0."
         if blur.sigma == 0:
             return "blur_sigma is 0. Raise it, or turn infinite_blur on."
         if is_identity((64, 64), blur.sigma, kernel=blur.kernel):
@@ -148,7 +107,3 @@ class SEGuidance(GuidanceNode, io.ComfyNode):
                 f"with kernel '{blur.kernel}'. Try 1 or more."
             )
         return ""
-
-
-def _blur(*, infinite_blur: bool, blur_sigma: float, kernel: str, axes: str, **_: Any) -> QueryBlur:
-    return QueryBlur(math.inf if infinite_blur else blur_sigma, kernel, axes)

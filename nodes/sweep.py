@@ -18,7 +18,7 @@ from .pictures import labelled_grid, to_image, to_pixels
 from .sweep_settings import METHODS, SEG, Setting, labels, settings
 
 INPUTS = [
-    inputs.model(),
+    inputs.MODEL,
     io.Conditioning.Input("positive", tooltip="What to draw."),
     io.Conditioning.Input("negative", tooltip="What to avoid."),
     io.Latent.Input("latent", tooltip="The size of the images, or what to start from."),
@@ -46,14 +46,12 @@ INPUTS = [
         tooltip="The seed of the noise that every image starts from.",
     ),
     io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps for each image."),
-    io.Float.Input(
+    inputs.number(
         "cfg",
-        default=5.0,
-        min=0.0,
-        max=100.0,
+        5.0,
+        "How closely to follow the prompts. 1 = the positive prompt alone.",
+        most=100.0,
         step=0.1,
-        round=0.01,
-        tooltip="How closely to follow the prompts. 1 = the positive prompt alone.",
     ),
     io.Combo.Input("sampler_name", options=list(SAMPLERS), default="euler", tooltip="The sampler."),
     io.Combo.Input(
@@ -62,15 +60,8 @@ INPUTS = [
         default="normal",
         tooltip="How the noise level falls from step to step.",
     ),
-    io.Float.Input(
-        "denoise",
-        default=1.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        optional=True,
-        advanced=True,
-        tooltip="How much of the latent to replace. 1 = all of it.",
+    inputs.number(
+        "denoise", 1.0, "How much of the latent to replace. 1 = all of it.", advanced=True
     ),
     inputs.text(
         "blocks",
@@ -122,7 +113,11 @@ class SEGuidanceSweep(io.ComfyNode):
         methods: str = SEG,
         **sampling: Any,
     ) -> io.NodeOutput:
-        """Return the labelled picture, and its images; `sampling` goes to the sampler."""
+        """Return the labelled picture, and its images; `sampling` goes to the sampler.
+
+        Raises:
+            ValueError: if an entry is wrong, or the model is guided already or cannot be so.
+        """
         rows = settings(sigmas, scales, blocks, methods)
         sample = partial(sampled, **sampling)
         found = _images(model, rows, sample, vae, getattr(cls.hidden, "unique_id", None))
@@ -138,11 +133,7 @@ def _images(
     vae: Any,
     node_id: str | None,
 ) -> list[list[torch.Tensor]]:
-    """Return the images of each setting; those without guidance are sampled once.
-
-    Raises:
-        ValueError: if the model is guided already, or a setting cannot be had on it.
-    """
+    """Return the images of each setting; those without guidance are sampled once."""
     already = [branch.perturbation.label for branch in branches_of(model.model_options)]
     if already:
         raise ValueError(

@@ -13,6 +13,7 @@ from .pag import SEGuidancePAG
 from .sag import SEGuidanceSAG
 from .seg import SEGuidance
 from .slg import SEGuidanceSLG
+from .ssg import SEGuidanceSSG
 from .tpg import SEGuidanceTPG
 
 OFF = 0.0
@@ -26,6 +27,7 @@ METHODS: dict[str, type[GuidanceNode]] = {
     "SAG": SEGuidanceSAG,
     "TPG": SEGuidanceTPG,
     "SLG": SEGuidanceSLG,
+    "SSG": SEGuidanceSSG,
 }
 
 

@@ -19,15 +19,18 @@ def shuffled(tokens: torch.Tensor, seed: int, step: int, layer: int) -> torch.Te
 
 
 INPUTS = [
-    inputs.model(),
+    inputs.MODEL,
     inputs.scale(3.0, "shuffled prediction"),
     *inputs.window(),
     inputs.blocks(
         "Which blocks get their input tokens shuffled.",
-        "the encoder of a UNet without its first quarter, as in the paper; a middle range of a "
-        "transformer (experimental)",
+        "the encoder of a UNet without its first quarter, as in the released code; a middle range "
+        "of a transformer (experimental: the released code has none)",
     ),
-    *inputs.extra_prediction("as in the released code."),
+    *inputs.extra_prediction(
+        "as in the released code.",
+        " The tokens are shuffled anew in each step: holding one order is another method.",
+    ),
 ]
 
 
@@ -45,15 +48,9 @@ class SEGuidanceTPG(GuidanceNode, io.ComfyNode):
             category=inputs.CATEGORY,
             description="Improves images with or without a prompt. Each step predicts once more "
             "with the input tokens of selected blocks shuffled and moves away from it.",
-            search_aliases=[
-                "TPG",
-                "token perturbation guidance",
-                "TokenPerturbationGuidance",
-                "token shuffle",
-                "shuffle tokens",
-            ],
+            search_aliases=["TokenPerturbationGuidance", "token shuffle", "shuffle tokens"],
             inputs=INPUTS,
-            outputs=[inputs.guided_model()],
+            outputs=[inputs.GUIDED],
         )
 
     @classmethod

@@ -1,21 +1,21 @@
 """Everything that knows ComfyUI's model patching; nothing here knows a formula.
 
-The rooms, from the ground up; imports only run down:
+The subpackages, from the ground up; imports only run down:
 
     settings    what was asked for, as values
     probe       measuring a run
     batch       one call of the model: its rows, its blocks
     networks    what a network is to guidance: UNets, transformers, the editor of attention
     run         one sampling call: its state, what joins, the two passes, the line in the log;
-                `run/compat` holds what is done for each kind of other nodes' code
+                `run/compat.py` holds what is done for each kind of other nodes' code
     show        what nodes that sample by themselves need of the host
 """
 
 from .networks import network_of as network_of
 from .run.guidance import branches_of as branches_of
-from .run.install import attach as attach
 from .run.install import guided as guided
 from .run.install import watch as watch
+from .settings.branch import MOST_HELD as MOST_HELD
 from .settings.branch import Branch as Branch
 from .settings.branch import RescaleMode as RescaleMode
 from .settings.branch import Side as Side

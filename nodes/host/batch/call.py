@@ -28,15 +28,8 @@ class Call:
 
     def run(self) -> torch.Tensor:
         """Run the model."""
-        return self.executor(
-            self.x,
-            self.timestep,
-            self.c_concat,
-            self.c_crossattn,
-            self.control,
-            self.options,
-            **self.extra,
-        )
+        inputs = self.x, self.timestep, self.c_concat, self.c_crossattn, self.control
+        return self.executor(*inputs, self.options, **self.extra)
 
     @property
     def model(self) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-CAN_RUN_EAGERLY = hasattr(torch.compiler, "set_stance")
-"""Since torch 2.6 whatever is compiled can be run as it was before."""
+from ..settings.errors import GuidanceError
+
+COMPILED_CALL = "_compiled_call_impl"
+"""What runs a module that is compiled in place."""
 
 
 def eager(module: Any) -> Any:
@@ -18,8 +20,8 @@ def eager(module: Any) -> Any:
 
 
 def is_compiled_in_place(module: Any) -> bool:
-    """Tell whether a module's own call is compiled, so that hooks on it are parts of the graph."""
-    return getattr(module, "_compiled_call_impl", None) is not None
+    """Tell whether a module's own call is compiled: its graph knows nothing of a later forward."""
+    return getattr(module, COMPILED_CALL, None) is not None
 
 
 def is_compiled(module: Any) -> bool:
@@ -30,18 +32,23 @@ def is_compiled(module: Any) -> bool:
 def compiled_blocks(
     network: torch.nn.Module, blocks: Sequence[torch.nn.Module]
 ) -> frozenset[int] | None:
-    """Return which blocks of a network are compiled, as wholes or parts of them.
-
-    Returns:
-        None if anything else of the network is compiled, or if blocks cannot be run eagerly.
-    """
+    """Return which blocks of a network are compiled, as wholes or parts; None if more of it is."""
     inside = [set(block.modules()) for block in blocks]
     compiled = {module for module in network.modules() if is_compiled(module)}
-    if compiled - set().union(*inside) or (compiled and not CAN_RUN_EAGERLY):
+    if compiled - set().union(*inside):
         return None
     return frozenset(n for n, modules in enumerate(inside) if not modules.isdisjoint(compiled))
 
 
 def eagerly() -> AbstractContextManager[Any]:
-    """Run compiled networks as they were before; graphs ignore what is changed for one call."""
-    return torch.compiler.set_stance("force_eager") if CAN_RUN_EAGERLY else nullcontext()
+    """Run compiled networks as they were before; graphs ignore what is changed for one call.
+
+    Raises:
+        GuidanceError: if this torch cannot.
+    """
+    if not hasattr(torch.compiler, "set_stance"):
+        raise GuidanceError(
+            "To guide a compiled network takes torch 2.6 or later. Update torch, or leave out the "
+            "node that compiles the model."
+        )
+    return torch.compiler.set_stance("force_eager")

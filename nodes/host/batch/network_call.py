@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from .call import Call
-from .compiled import eager, eagerly
-from .trees import map_tensors
+from .compiled import COMPILED_CALL, eager, eagerly
+from .trees import map_tensors, tensors_in
 
 Axes = Mapping[str, int | None]
 Handler = Callable[["NetworkCall"], Any]
@@ -26,25 +27,21 @@ class NetworkCall:
     """
 
     def __init__(
-        self,
-        run: Callable[..., Any],
-        args: list[Any],
-        kwargs: dict[str, Any],
-        names: list[str] | None = None,
+        self, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], names: list[str]
     ) -> None:
         self._run = run
-        self._names = _names(run, args) if names is None else names
-        self.args = args
-        self.kwargs = kwargs
+        self._args = args
+        self._kwargs = kwargs
+        self._names = names
 
     def run(self) -> Any:
         """Run it."""
-        return self._run(*self.args, **self.kwargs)
+        return self._run(*self._args, **self._kwargs)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the arguments by name."""
-        return {**dict(zip(self._names, self.args, strict=True)), **self.kwargs}
+        return {**dict(zip(self._names, self._args, strict=True)), **self._kwargs}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -54,8 +51,7 @@ class NetworkCall:
     @property
     def x(self) -> torch.Tensor:
         """Return the latent, or the first of several that are packed together."""
-        x = self.arguments[self._names[0]] if self._names else next(iter(self.kwargs.values()))
-        return x if torch.is_tensor(x) else x[0]
+        return next(tensors_in(self.arguments))
 
     @property
     def rows(self) -> int:
@@ -64,8 +60,8 @@ class NetworkCall:
 
     def replaced(self, **changes: Any) -> NetworkCall:
         """Return the same call with other arguments."""
-        args = [changes.pop(n, v) for n, v in zip(self._names, self.args, strict=True)]
-        return NetworkCall(self._run, args, {**self.kwargs, **changes}, self._names)
+        args = [changes.pop(n, v) for n, v in zip(self._names, self._args, strict=True)]
+        return NetworkCall(self._run, args, {**self._kwargs, **changes}, self._names)
 
     def part(self, rows: list[int] | slice) -> NetworkCall:
         """Return the same call for some rows of its batch."""
@@ -105,14 +101,49 @@ def are_options(value: Any) -> bool:
     return isinstance(value, dict) and "cond_or_uncond" in value
 
 
-def _names(forward: Callable[..., Any], args: list[Any]) -> list[str]:
-    """Return what a network calls its arguments, and some name where it does not say."""
-    known = inspect.signature(forward).parameters.values()
-    names = [one.name for one in known if one.kind not in _OPEN][: len(args)]
+def _named(forward: Callable[..., Any]) -> list[str]:
+    """Return what a function calls its arguments, as far as it says."""
+    try:
+        known = inspect.signature(forward).parameters.values()
+    except ValueError:  # compiled code
+        known = ()
+    return [one.name for one in known if one.kind not in _OPEN]
+
+
+def _names(forward: Callable[..., Any], own: Any, args: Sequence[Any]) -> list[str]:
+    """Return what a module calls its arguments, and some name where it does not say.
+
+    Another node may have put a function in the place of a class's `own` method, with other names
+    or none: it is called as the host calls the method.
+    """
+    known = [_named(own)[1:] if callable(own) else [], _named(forward)]
+    names = max((some[: len(args)] for some in known), key=len)
     for number in range(len(names), len(args)):
         is_options = are_options(args[number])
         names.append("transformer_options" if is_options else f"argument {number}")
     return names
+
+
+@contextmanager
+def exchanged(module: Any, name: str, handle: Handler) -> Iterator[None]:
+    """Let `handle` run a method of an object, which is on it again afterwards as it was."""
+    own = vars(module)
+    before, run = own.get(name), getattr(module, name)
+    named = "forward" if name == COMPILED_CALL else name
+    forward, method = getattr(eager(module), named), getattr(type(eager(module)), named, None)
+
+    @functools.wraps(forward)
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return handle(NetworkCall(run, [*args], kwargs, _names(forward, method, args)))
+
+    setattr(module, name, instead)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 @contextmanager
@@ -121,23 +152,11 @@ def intercepted(call: Call, handle: Handler, *, compiled: bool) -> Iterator[None
 
     Most networks of the host run the wrappers of other nodes in `forward`, around `_forward`: that
     is where `handle` stands. Where there is no `_forward`, or another node has put a forward of its
-    own in the network's place, it stands around `forward`.
-
-    Args:
-        call: the call of the host's model.
-        handle: is given each run of the network in it.
-        compiled: the network is compiled as a whole, and runs eagerly for the length of the call.
+    own in the network's place, it stands around `forward`. With `compiled`, the network is compiled
+    as a whole and runs eagerly for the length of the call.
     """
     network = eager(call.model.diffusion_model)
-    own = vars(network)
-    name = "_forward" if hasattr(network, "_forward") and "forward" not in own else "forward"
-    before, forward = own.get(name), getattr(network, name)
-    setattr(network, name, lambda *args, **kwargs: handle(NetworkCall(forward, [*args], kwargs)))
-    try:
-        with eagerly() if compiled else nullcontext():
-            yield
-    finally:
-        if before is None:
-            delattr(network, name)
-        else:
-            setattr(network, name, before)
+    has_inner = hasattr(network, "_forward") and "forward" not in vars(network)
+    name = "_forward" if has_inner else "forward"
+    with exchanged(network, name, handle), eagerly() if compiled else nullcontext():
+        yield

@@ -10,11 +10,26 @@ then, and its output is handed on to the others: they would have got the same.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+Key = tuple[Any, Hashable, Hashable]
+"""Whose prediction it is, identity of the cond, part of a long latent."""
+
+
+class PrivateUuid(NamedTuple):
+    """The identity of a cond in one owner's predictions, so that caches tell them apart."""
+
+    owner: Any
+    original: Hashable
+
+
+def original_uuid(uuid: Hashable) -> Hashable:
+    """Return the identity of the cond that a private one stands for."""
+    return uuid.original if isinstance(uuid, PrivateUuid) else uuid
 
 
 @dataclass(frozen=True)
@@ -22,80 +37,90 @@ class Join:
     """One cond's rows of one perturbed prediction.
 
     Attributes:
-        owner: whose prediction it is.
+        key: whose prediction it is, and of which cond.
         chunk: the cond's place among those of the call.
-        source: the cond's own rows.
         fork: number of the block from which on its rows differ from the cond's own.
         passes: they skip blocks; among those with the same fork they go last, so that the rows
             that a skipped block computes are neighbours.
-        uuid: an identity of its own, under which caches may keep it.
     """
 
-    owner: Any
+    key: Key
     chunk: int
-    source: slice
     fork: int
-    uuid: Hashable
     passes: bool = False
+
+    @property
+    def owner(self) -> Any:
+        """Return whose prediction it is."""
+        return self.key[0]
+
+    @property
+    def uuid(self) -> PrivateUuid:
+        """Return its identity for other nodes."""
+        return PrivateUuid(*self.key[:2])
 
 
 class Rows:
-    """Which rows a batch has at which block: the plain ones first, the others as they fork."""
+    """Which rows a batch has at which block: the plain ones first, the others as they fork.
 
-    def __init__(self, plain: int, joins: Sequence[Join]) -> None:
+    Args:
+        plain: number of the plain rows.
+        conds: number of conds that they belong to.
+        joins: the others.
+    """
+
+    def __init__(self, plain: int, conds: int, joins: Iterable[Join]) -> None:
         self.plain = plain
         self.joins = sorted(joins, key=lambda join: (join.fork, join.passes))
-        ends = [plain]
-        for join in self.joins:
-            ends.append(ends[-1] + join.source.stop - join.source.start)
-        self._ends = ends
+        self._each = plain // conds
 
     @property
     def total(self) -> int:
         """Return the number of all rows."""
-        return self._ends[-1]
+        return self.plain + len(self.joins) * self._each
 
-    def present(self, block: int) -> int:
-        """Return the number of rows that a block computes."""
-        return self._ends[self._joined(block)]
+    def present(self, block: int | None) -> int:
+        """Return the number of rows that a block computes; None is behind the last."""
+        return self.plain + len(self._joined(block)) * self._each
 
     def of(self, join: Join) -> slice:
         """Return where the rows of a join stand in the whole batch."""
-        number = self.joins.index(join)
-        return slice(self._ends[number], self._ends[number + 1])
+        start = self.plain + self.joins.index(join) * self._each
+        return slice(start, start + self._each)
 
     def labels(self, block: int | None, plain: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Return the host's labels of the plain chunks, and of the joins that a block computes."""
-        joins = self.joins if block is None else self.joins[: self._joined(block)]
-        of_chunks = plain["cond_or_uncond"]
+        joins, of_chunks = self._joined(block), plain["cond_or_uncond"]
         return {
             "cond_or_uncond": [*of_chunks, *(of_chunks[join.chunk] for join in joins)],
             "uuids": [*plain["uuids"], *(join.uuid for join in joins)],
         }
 
-    def widened(self, tensor: torch.Tensor, block: int | None = None, axis: int = 0) -> Any:
-        """Return a tensor with all rows, from one with the plain ones, or those of a block."""
-        done = 0 if block is None else self._joined(block)
-        if tensor.ndim <= axis or tensor.shape[axis] != self._ends[done]:
+    def widened(self, tensor: torch.Tensor, block: int = -1, axis: int = 0) -> torch.Tensor:
+        """Return a tensor with all rows, from one with those that a block computes."""
+        if tensor.ndim <= axis or tensor.shape[axis] != self.present(block):
             return tensor
-        missing = [join.source for join in self.joins[done:]]
-        if not missing:
-            return tensor
-        more = [tensor.narrow(axis, rows.start, rows.stop - rows.start) for rows in missing]
-        return torch.cat([tensor, *more], dim=axis)
+        missing = self.joins[len(self._joined(block)) :]
+        more = [tensor.narrow(axis, join.chunk * self._each, self._each) for join in missing]
+        return torch.cat([tensor, *more], dim=axis) if more else tensor
 
     def narrowed(self, tensor: torch.Tensor, block: int, axis: int = 0) -> torch.Tensor:
-        """Return the rows of a tensor that a block computes.
+        """Return the rows of a tensor that a block computes."""
+        return first_rows(tensor, axis, self.total, self.present(block))
 
-        A tensor of twice as many rows holds all of them two times, one copy after the other:
-        networks that modulate reference images as images without noise hand on the timesteps of
-        all rows, and as many zeros. In every other tensor there are pieces of rows, or none.
-        """
-        for copies in (1, 2):
-            if tensor.ndim > axis and tensor.shape[axis] == copies * self.total:
-                each = tensor.unflatten(axis, (copies, self.total))
-                return each.narrow(axis + 1, 0, self.present(block)).flatten(axis, axis + 1)
-        return tensor
+    def _joined(self, block: int | None) -> list[Join]:
+        return [join for join in self.joins if block is None or join.fork <= block]
 
-    def _joined(self, block: int) -> int:
-        return sum(join.fork <= block for join in self.joins)
+
+def first_rows(tensor: torch.Tensor, axis: int, size: int, count: int) -> torch.Tensor:
+    """Return the first `count` rows of a tensor that has `size` of them.
+
+    A tensor of twice as many rows holds all of them two times, one copy after the other: networks
+    that modulate reference images as images without noise hand on the timesteps of all rows, and
+    as many zeros. In every other tensor there are pieces of rows, or none: it comes back as it is.
+    """
+    for copies in (1, 2):
+        if tensor.ndim > axis and tensor.shape[axis] == copies * size:
+            each = tensor.unflatten(axis, (copies, size))
+            return each.narrow(axis + 1, 0, count).flatten(axis, axis + 1)
+    return tensor

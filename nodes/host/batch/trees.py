@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
-from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -67,22 +66,9 @@ def _attributes(value: Any) -> dict[str, Any]:
     """
     if callable(value):
         return {}
-    slots = [
-        name
-        for cls in type(value).__mro__
-        if "__slots__" in vars(cls)
-        for name, slot in vars(cls).items()
-        if isinstance(slot, MemberDescriptorType)
-    ]
+    slots = [name for cls in type(value).__mro__ for name in vars(cls).get("__slots__", ())]
     names = [*getattr(value, "__dict__", ()), *slots]
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
-
-
-def _holds_tensor(value: Any) -> bool:
-    """Tell whether an attribute is a tensor, or a container or a record with one."""
-    if is_dataclass(value):
-        return True
-    return next(tensors_in(value), None) is not None
 
 
 def merged(

@@ -1,4 +1,4 @@
-"""Hooks on a network's blocks for the length of one call; none is left, whatever happens."""
+"""Changes to a network's blocks for the length of one call; none is left, whatever happens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .compiled import eager, eagerly, is_compiled_in_place
-from .network_call import Axes, NetworkCall, are_options
+from .compiled import COMPILED_CALL, eagerly, is_compiled_in_place
+from .network_call import Axes, NetworkCall, are_options, exchanged
 from .rows import Rows
 from .trees import map_tensors
 
@@ -20,50 +20,15 @@ OUTPUT = "return"
 
 
 @contextmanager
-def hooked(
-    modules: Sequence[torch.nn.Module],
-    enter: Callable[[int, tuple[Any, ...], dict[str, Any]], Any],
-    leave: Callable[[int, Any], Any],
+def wrapped(
+    modules: Sequence[torch.nn.Module], handle: Callable[[int, NetworkCall], Any]
 ) -> Iterator[None]:
-    """Call `enter(number, args, kwargs)` before and `leave(number, out)` after each module.
-
-    `enter` may return other arguments, and `leave` another output.
-    """
+    """Let `handle` run some modules: it is given the number of one, and the run."""
     with ExitStack() as stack:
         for number, module in enumerate(modules):
-            own = partial(enter, number), partial(leave, number)
-            if is_compiled_in_place(module):
-                stack.enter_context(_around_compiled(module, *own))
-                continue
-            before, after = _hooks(*own)
-            hook = module.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            name = COMPILED_CALL if is_compiled_in_place(module) else "forward"
+            stack.enter_context(exchanged(module, name, partial(handle, number)))
         yield
-
-
-def _hooks(enter: Callable[..., Any], leave: Callable[..., Any]) -> tuple[Any, Any]:
-    return lambda _module, args, kwargs: enter(args, kwargs), lambda _m, _args, out: leave(out)
-
-
-@contextmanager
-def _around_compiled(
-    module: Any, enter: Callable[..., Any], leave: Callable[..., Any]
-) -> Iterator[None]:
-    """Do what hooks do to a module that is compiled in place: its graph knows of no later ones."""
-    compiled = module._compiled_call_impl
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = enter(args, kwargs) or (args, kwargs)
-        out = compiled(*args, **kwargs)
-        other = leave(out)
-        return out if other is None else other
-
-    module._compiled_call_impl = run
-    try:
-        yield
-    finally:
-        module._compiled_call_impl = compiled
 
 
 @contextmanager
@@ -86,28 +51,21 @@ def widening(
     """
     before = [*shared, *(block for n, block in enumerate(blocks) if rows.present(n) < rows.total)]
     plain = {"cond_or_uncond": options["cond_or_uncond"], "uuids": options["uuids"]}
-    told: list[Options] = []
 
-    def tell(block: int | None) -> None:
+    def handle(number: int, run: NetworkCall) -> Any:
+        block = number - len(shared)  # negative before the first: no row has joined
+        told = [options, *filter(are_options, run.arguments.values())]
         for seen in told:
             seen.update(rows.labels(block, plain))
-
-    def enter(number: int, args: tuple[Any, ...], kwargs: Options) -> Any:
-        block = number - len(shared)  # negative before the first: no row has joined
-        told[:] = [options, *(v for v in (*args, *kwargs.values()) if are_options(v))]
-        tell(block)
-        call = NetworkCall(eager(before[number]).forward, [*args], kwargs)
-        call = call.with_rows(lambda tensor, axis: rows.narrowed(tensor, block, axis), axes)
-        return tuple(call.args), call.kwargs
-
-    def leave(number: int, out: Any) -> Any:
-        tell(None)
-        block, axis = number - len(shared), axes.get(OUTPUT) or 0
+        narrow = run.with_rows(lambda tensor, axis: rows.narrowed(tensor, block, axis), axes)
+        out = narrow.run()
+        for seen in told:
+            seen.update(rows.labels(None, plain))
+        axis = axes.get(OUTPUT) or 0
         return map_tensors(lambda tensor: rows.widened(tensor, block, axis), out)
 
-    told[:] = [options]
-    tell(None)
-    with hooked(before, enter, leave):
+    options.update(rows.labels(None, plain))
+    with wrapped(before, handle):
         yield
 
 
@@ -124,36 +82,30 @@ def own_options(
         options: of the network, for blocks that are handed none and go by these.
         change: is given a block's number and the host's options, and returns its own.
     """
-    saved: list[Options] = []
 
-    def enter(number: int, args: tuple[Any, ...], kwargs: Options) -> Any:
-        def own(value: Any) -> Any:
-            return change(number, value) if are_options(value) else value
-
-        if not any(map(are_options, (*args, *kwargs.values()))):
-            saved.append(dict(options))
-            options.update(change(number, options))
-        return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
-
-    def leave(*_: Any) -> None:
-        if saved:
+    def handle(number: int, run: NetworkCall) -> Any:
+        given = {name: v for name, v in run.arguments.items() if are_options(v)}
+        if given:
+            return run.replaced(**{name: change(number, v) for name, v in given.items()}).run()
+        saved = dict(options)
+        options.update(change(number, options))
+        try:
+            return run.run()
+        finally:
             options.clear()
-            options.update(saved.pop())
+            options.update(saved)
 
-    with hooked(modules, enter, leave):
+    with wrapped(modules, handle):
         yield
 
 
 @contextmanager
 def running_eagerly(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Run compiled blocks as they were before for one call: graphs ignore what is changed in it."""
-    with ExitStack() as stack:
 
-        def enter(*_: Any) -> None:
-            stack.enter_context(eagerly())
+    def handle(_number: int, run: NetworkCall) -> Any:
+        with eagerly():
+            return run.run()
 
-        def leave(*_: Any) -> None:
-            stack.close()
-
-        with hooked(blocks, enter, leave):
-            yield
+    with wrapped(blocks, handle):
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from types import MappingProxyType
@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from ....seg_core import Block, Target, all_targets, describe_targets, select, select_heads
+from ....seg_core import (
+    Block,
+    Target,
+    all_targets,
+    describe_targets,
+    select,
+    select_heads,
+    select_random,
+)
 from ..batch.active import ActivePerturbation
 from ..batch.call import Call
 from ..batch.compiled import compiled_blocks
@@ -20,10 +28,10 @@ from ..batch.widening import running_eagerly
 from ..settings.changes import Auto, Change, ChangeTokens, SkipBlock, SmoothQueries
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation, Selection
+from .attention import Span
 from .blocks import Carried, Present, changed_blocks
 from .editing import AttentionEditor
 from .saliency import SaliencyRequest
-from .span import Span
 
 Options = dict[str, Any]
 
@@ -128,10 +136,8 @@ class NetworkAdapter(ABC):
 
     def pointless(self, perturbation: BlockPerturbation, call: Call) -> str:
         """Return why a perturbation changes nothing in a call like this; empty if it does."""
-        change = perturbation.change
-        if not isinstance(change, SmoothQueries) or change.acts_over("space"):
-            return ""
-        if self.frames(call) > 1:
+        smooth = perturbation.smooth
+        if smooth is None or "space" in smooth.axes or self.frames(call) > 1:
             return ""
         return "axes 'time' smooths over the frames of a video, and here there is one frame"
 
@@ -139,22 +145,14 @@ class NetworkAdapter(ABC):
         """Return some of its layers in the selector language."""
         return describe_targets(targets, self.catalogue)
 
-    def targets(self, selector: str) -> tuple[Target, ...]:
-        """Return the layers whose attention a selector names.
-
-        Raises:
-            ValueError: if it names none.
-        """
-        return select(selector, self.catalogue, self._auto(selector, "attention"))
-
     def saliency_source(self, selector: str) -> Selection:
         """Return the layers whose attention is measured; `auto` is the first that others perturb.
 
         Raises:
             ValueError: if it names none.
         """
+        targets = select(selector, self.catalogue, self._auto(selector, "attention"))
         first_only = selector.strip().lower() == "auto"
-        targets = self.targets(selector)
         return Selection(tuple(self.catalogue), targets[:1] if first_only else targets)
 
     def perturbation(self, label: str, selector: str, change: Change) -> BlockPerturbation:
@@ -164,34 +162,43 @@ class NetworkAdapter(ABC):
             ValueError: if the selector names none, or heads that do not exist or make no sense, or
                 the change cannot be had in this network.
         """
-        if isinstance(change, SmoothQueries) and change.acts_over("time") and self.one_picture:
+        if isinstance(change, SmoothQueries) and "time" in change.axes and self.one_picture:
             raise GuidanceError(
-                f"{label}: axes {change.smooth.axes!r} smooths over the frames of a video, and "
+                f"{label}: axes {change.axes!r} smooths over the frames of a video, and "
                 f"{self.one_picture}. Set axes to 'space'."
             )
-        auto = self._auto(selector, change.auto)
-        if change.takes_heads:
-            chosen = select_heads(selector, self.catalogue, auto, self.heads)
-        else:
-            chosen = dict.fromkeys(select(selector, self.catalogue, auto))
+        chosen, drawn = self._chosen(selector, change)
         heads = {target: some for target, some in chosen.items() if some is not None}
         selection = Selection(tuple(self.catalogue), tuple(chosen), heads)
-        self._require_carried(label, selection, change)
-        return BlockPerturbation(label, selection, change)
-
-    def _require_carried(self, label: str, selection: Selection, change: Change) -> None:
-        """Refuse to skip blocks, or to change the tokens of such, whose arguments are not known."""
-        shuffled = isinstance(change, ChangeTokens)
-        if not isinstance(change, ChangeTokens | SkipBlock):
-            return
-        carried = {target: self.carried(target) for target in selection.targets}
-        lacking = [t for t, c in carried.items() if not c.names or (shuffled and c.image is None)]
+        lacking = [target for target in chosen if not self._can(change, target)]
         if lacking:
+            shuffled = isinstance(change, ChangeTokens)
             what = "the image's tokens do not enter" if shuffled else "it is not known how to skip"
             raise GuidanceError(
                 f"{label}: {what} block {selection.name(lacking)} of {self.kind}. Choose "
                 f"other blocks of {self.describe(all_targets(self.catalogue))}."
             )
+        return BlockPerturbation(label, selection, change, drawn)
+
+    def _chosen(
+        self, selector: str, change: Change
+    ) -> tuple[Mapping[Target, tuple[int, ...] | None], int]:
+        """Return the layers that a selector names, with their heads, and how many are drawn."""
+        auto = self._auto(selector, change.auto)
+        if change.takes_heads:
+            return select_heads(selector, self.catalogue, auto, self.heads), 0
+        if change.auto == "skip":
+            pool = [t for t in all_targets(self.catalogue) if self._can(change, t)]
+            random = select_random(selector, self.catalogue, pool, auto)
+            if random is not None:
+                return dict.fromkeys(random[0]), random[1]
+        return dict.fromkeys(select(selector, self.catalogue, auto)), 0
+
+    def _can(self, change: Change, target: Target) -> bool:
+        """Tell whether a block has the arguments that a change is to act on."""
+        if isinstance(change, ChangeTokens):
+            return self.carried(target).image is not None
+        return not isinstance(change, SkipBlock) or bool(self.carried(target).names)
 
     def _auto(self, selector: str, purpose: Auto) -> Sequence[Target]:
         return self.auto(purpose) if "auto" in selector.lower() else ()

@@ -1,26 +1,57 @@
-"""One call of the host's attention function, whatever the layout of its tensors."""
+"""One call of the host's attention function, and where the image's tokens lie in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .span import Span
+from ....seg_core import TokenGrid
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the image's tokens lie in a sequence.
+
+    Attributes:
+        start: of the image's tokens.
+        grid: their order.
+        row: tokens from one row of the image to the next.
+        key_offset: keys and values before those of the queries' own tokens.
+    """
+
+    start: int
+    grid: TokenGrid
+    row: int
+    key_offset: int = 0
+
+    @property
+    def length(self) -> int:
+        """Return the length of the part of the sequence that holds the image."""
+        return self.grid.frames * self.grid.height * self.row
+
+    @property
+    def is_solid(self) -> bool:
+        """Tell whether nothing else lies between the image's rows."""
+        return self.row == self.grid.width
+
+    def view(self, tensor: torch.Tensor, axis: int, offset: int = 0) -> torch.Tensor:
+        """Return the image's rows as a view; two axes in place of the tokens' one."""
+        part = tensor.narrow(axis, self.start + offset, self.length)
+        return part.unflatten(axis, (-1, self.row)).narrow(axis + 1, 0, self.grid.width)
 
 
 class Attention:
-    """One call of the host's attention function.
+    """One call of the host's attention function, whatever the layout of its tensors.
 
     Attributes:
         query: `(rows, tokens, heads x dim)`, or `(rows, heads, tokens, dim)`.
         key: in the layout of the queries; heads may be apart, `(rows, tokens, heads, dim)`, and
             fewer than those of the queries.
         value: in the layout of the keys.
-        rows: number of rows of the queries.
-        queries: number of queries.
-        keys: number of keys.
+        rows, queries, keys: how many there are.
         heads: number of heads of the queries.
         mask: of the logits, or None.
         scale: factor of the logits; None for the usual one.

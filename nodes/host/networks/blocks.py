@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial, update_wrapper
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from ....seg_core import Target, all_targets
 from ..batch.active import ActivePerturbation, row_groups
 from ..batch.call import Call
 from ..batch.compiled import eager
-from ..batch.network_call import NetworkCall, are_options
+from ..batch.network_call import NetworkCall, are_options, exchanged
+from ..batch.rows import first_rows
 from ..batch.trees import map_tensors, merged, tensors_in
 from ..batch.widening import OUTPUT
 from ..settings.changes import ChangeTokens, SkipBlock
-from .span import Span
 
 Present = Callable[[Target], int]
 
@@ -55,54 +54,52 @@ def changed_blocks(
             here = [one for one in active if target in one.perturbation.targets]
             blocks[target] = ChangedBlock(network, call, target, here, present(target))
             module = eager(network.module(target))
-            stack.enter_context(_with_forward(module, blocks[target]))
+            stack.enter_context(exchanged(module, "forward", blocks[target]))
         yield lambda target: blocks[target].inside if target in blocks else present(target)
 
 
+@dataclass
 class ChangedBlock:
     """One block: which rows skip it, and what enters it in the others.
 
     Attributes:
-        inside: the rows of the batch that it computes: all but those at the end that skip it.
+        present: the rows of the batch that get to it.
+        axis: of the rows of what goes through it.
+        inside: those of them that it computes: all but those at the end that skip it.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        call: Call,
-        target: Target,
-        active: list[ActivePerturbation],
-        present: int,
-    ) -> None:
-        self._network = network
-        self._call = call
-        self._target = target
-        self._active = active
-        self._present = present
-        self._axis = network.axes.get(OUTPUT) or 0
-        self.inside = present
-        for group in reversed(row_groups(active, present, present)):
+    network: Any
+    call: Call
+    target: Target
+    active: list[ActivePerturbation]
+    present: int
+    axis: int = field(init=False)
+    inside: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.axis = self.network.axes.get(OUTPUT) or 0
+        self.inside = self.present
+        for group in reversed(row_groups(self.active, self.present, self.present)):
             if not any(map(_skips, group.active)):
                 break
             self.inside = group.rows.start
 
-    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, block: NetworkCall) -> Any:
         """Run the block."""
-        block = NetworkCall(forward, [*args], kwargs)
-        carried = self._network.carried(self._target)
-        through = tuple(block.arguments[name] for name in carried.names)
+        carried = self.network.carried(self.target)
+        through = [block.arguments[name] for name in carried.names]
         if carried.image is not None:
             block = self._rearranged(block, carried.image)
-        skipping = [one for one in self._active if _skips(one)]
+        skipping = [one for one in self.active if _skips(one)]
         for one in skipping:
-            one.reached.add(self._target)
+            one.reached.add(self.target)
         if not skipping:
             return block.run()
-        before: Any = through if len(through) > 1 else next(iter(through))
+        before = tuple(through) if len(through) > 1 else through[0]
         if not self.inside:
             return before
-        if self.inside < self._present:
-            block = self._narrowed(block, next(tensors_in(before)).shape[self._axis])
+        if self.inside < self.present:
+            block = self._narrowed(block, next(tensors_in(before)).shape[self.axis])
         else:  # blocks may write into what they are given
             before = map_tensors(torch.clone, before)
         return merged(self._joined, before, block.run())
@@ -110,76 +107,57 @@ class ChangedBlock:
     def _narrowed(self, block: NetworkCall, size: int) -> NetworkCall:
         """Return the block with the rows that it computes, of tensors with `size` rows."""
 
-        def narrow(tensor: torch.Tensor, axis: int) -> torch.Tensor:
-            if tensor.ndim <= axis or tensor.shape[axis] != size:
-                return tensor
-            return tensor.narrow(axis, 0, self.inside * size // self._present)
+        def few(count: int) -> int:
+            return count * self.inside // self.present
 
-        block = block.with_rows(narrow, self._network.axes)
-        options = {name: v for name, v in block.arguments.items() if are_options(v)}
-        return block.replaced(**{name: self._labelled(v) for name, v in options.items()})
+        def labelled(options: dict[str, Any]) -> dict[str, Any]:
+            labels = {n: options[n] for n in ("cond_or_uncond", "uuids") if n in options}
+            return {**options, **{n: of[: few(len(of))] for n, of in labels.items()}}
 
-    def _labelled(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the host's options with the labels of the rows that are computed."""
-        labels = {n: options[n] for n in ("cond_or_uncond", "uuids") if n in options}
-        few = {n: of[: len(of) * self.inside // self._present] for n, of in labels.items()}
-        return {**options, **few}
+        block = block.with_rows(
+            lambda tensor, axis: first_rows(tensor, axis, size, few(size)), self.network.axes
+        )
+        options = {name: labelled(v) for name, v in block.arguments.items() if are_options(v)}
+        return block.replaced(**options)
 
     def _joined(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """Return a result with the rows that skipped the block."""
         pieces = []
-        for group in row_groups(self._active, self._present, before.shape[self._axis]):
+        for group in row_groups(self.active, self.present, before.shape[self.axis]):
             rows = group.rows
             source = before.to(after.dtype) if any(map(_skips, group.active)) else after
-            pieces.append(source.narrow(self._axis, rows.start, rows.stop - rows.start))
-        return torch.cat(pieces, dim=self._axis)
+            pieces.append(source.narrow(self.axis, rows.start, rows.stop - rows.start))
+        return torch.cat(pieces, dim=self.axis)
 
     def _rearranged(self, block: NetworkCall, name: str) -> NetworkCall:
-        """Return the block with the image's tokens, in the argument `name`, rearranged."""
-        active = [a for a in self._active if isinstance(a.perturbation.change, ChangeTokens)]
+        """Return the block with the image's tokens, in the argument `name`, rearranged by frame."""
+        active = [a for a in self.active if isinstance(a.perturbation.change, ChangeTokens)]
         if not active:
             return block
         given = block.arguments.values()
-        options = next((one for one in given if are_options(one)), self._call.options)
-        axis = self._network.axes.get(name) or 0
+        options = next((one for one in given if are_options(one)), self.call.options)
+        axis = self.network.axes.get(name) or 0
         value = block.arguments[name]
         first = next(tensors_in(value))  # of sound and pictures together, the pictures
         tokens = first.movedim(axis, 0)
-        rows = tokens.flatten(1, -2)
-        span = self._network.span(self._call, rows.shape[1], rows.shape[1], options)
+        rows = tokens.flatten(1, -2).clone()
+        span = self.network.span(self.call, rows.shape[1], rows.shape[1], options)
         if span is None:
             return block
-        rows = rows.clone()
-        for group in row_groups(active, self._present, rows.shape[0]):
+        layer = list(all_targets(self.network.catalogue)).index(self.target)
+        for group in row_groups(active, self.present, rows.shape[0]):
             for one in group.active:
-                self._rearrange(one, span.view(rows[group.rows], 1), span)
+                change = one.perturbation.change
+                assert isinstance(change, ChangeTokens)
+                image = span.view(rows[group.rows], 1)
+                frames = image.reshape(-1, span.grid.cells, image.shape[-1])
+                other = change.rearrange(frames, one.seed, one.step, layer)
+                image.copy_(other.reshape(image.shape))
+                one.reached.add(self.target)
         moved = rows.reshape(tokens.shape).movedim(0, axis)
         changed = map_tensors(lambda tensor: moved if tensor is first else tensor, value)
         return block.replaced(**{name: changed})
 
-    def _rearrange(self, one: ActivePerturbation, image: torch.Tensor, span: Span) -> None:
-        """Rearrange an image's tokens in place, frame by frame."""
-        change = one.perturbation.change
-        assert isinstance(change, ChangeTokens)
-        layer = list(all_targets(self._network.catalogue)).index(self._target)
-        frames = image.reshape(-1, span.grid.cells, image.shape[-1])
-        image.copy_(change.rearrange(frames, one.seed, one.step, layer).reshape(image.shape))
-        one.reached.add(self._target)
-
 
 def _skips(one: ActivePerturbation) -> bool:
     return isinstance(one.perturbation.change, SkipBlock)
-
-
-@contextmanager
-def _with_forward(module: torch.nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run `instead(forward, ...)` for the length of one call."""
-    own = module.__dict__.get("forward")
-    module.forward = update_wrapper(partial(instead, module.forward), module.forward)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -14,13 +14,19 @@ from itertools import groupby
 
 import torch
 
-from ....seg_core import Target, column_mass, frame_shares, repeat_rows, require_heads
+from ....seg_core import (
+    BlurMatrices,
+    Target,
+    TokenGrid,
+    repeat_rows,
+    require_heads,
+    softened_attention,
+)
 from ..batch.active import ActivePerturbation, RowGroup, row_groups
 from ..settings.changes import Change, ChangeOutput, SmoothQueries
 from ..settings.errors import GuidanceError
-from .attention import Attention, laid_out
-from .saliency import Mass, SaliencyRequest
-from .span import Span
+from .attention import Attention, Span, laid_out
+from .saliency import SaliencyRequest, image_mass
 
 
 @dataclass(frozen=True)
@@ -45,24 +51,19 @@ class AttentionEditor:
         return list(dict.fromkeys(changed + measured))
 
     def acting(self, target: Target, axis: str | None = None) -> list[ActivePerturbation]:
-        """Return what changes a layer.
-
-        Args:
-            target: the layer.
-            axis: ``"space"`` or ``"time"`` where the layer attends over each by itself.
-        """
+        """Return what changes a layer, over one `axis` where it attends over each by itself."""
         here = [one for one in self.active if target in one.perturbation.targets]
-        return here if axis is None else [one for one in here if _acts_over(one, axis)]
+        return here if axis is None else [one for one in here if axis in _axes(one)]
 
     def needs_one_query(self, target: Target, group: RowGroup) -> bool:
         """Tell whether one query of each row is enough for a group, and nobody measures others."""
-        measured = any(target in request.targets for request in self.measured)
         change = _only_change(group, target)
+        measured = any(target in request.targets for request in self.measured)
         if change is None or measured or group.active[0].probe is not None:
             return False
         if isinstance(change, SmoothQueries):
-            return change.one_query
-        return isinstance(change, ChangeOutput) and not change.mix.needs_map
+            return change.one_query and change.strength == 1
+        return isinstance(change, ChangeOutput) and not change.needs_map
 
     def measure(
         self,
@@ -74,7 +75,7 @@ class AttentionEditor:
         """Measure how much attention the image's tokens draw from each other, for who asks."""
         for request in self.measured:
             if target in request.targets:
-                mass = partial(_image_mass, attention, span, patch)
+                mass = partial(image_mass, attention, span, patch)
                 request.keep(target, attention.rows // self.present(target), mass)
 
     def run(
@@ -86,24 +87,26 @@ class AttentionEditor:
             one.reached.add(target)
         groups = row_groups(here, self.present(target), attention.rows)
         _show_probes(attention, span, groups, target)
-        ways = partial(_shortcut, attention, span, target)
-        neighbours = [(way, list(some)) for way, some in groupby(groups, ways)]
-        attending = [group for way, some in neighbours if way is None for group in some]
+        is_short = partial(_is_short, attention, span, target)
+        neighbours = [(short, list(some)) for short, some in groupby(groups, is_short)]
+        attending = [group for short, some in neighbours if not short for group in some]
         query = _smoothed_queries(attention, span, attending, target)
         outs: list[torch.Tensor] = []
-        for way, some in neighbours:
-            if way is None:
+        for short, some in neighbours:
+            if short:
+                outs += [_short(attention.of(g.rows), span, g.active[0]) for g in some]
+            else:
                 rows = slice(some[0].rows.start, some[-1].rows.stop)
                 outs.append(attention.of(rows).run(query[rows]))
-            else:
-                outs += [way(attention.of(group.rows), span, group.active[0]) for group in some]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out = _softened_output(attention, groups, out)
         return _mixed_output(attention, span, groups, out, target)
 
 
-def _acts_over(one: ActivePerturbation, axis: str) -> bool:
-    change = one.perturbation.change
-    return change.acts_over(axis) if isinstance(change, SmoothQueries) else axis == "space"
+def _axes(one: ActivePerturbation) -> str:
+    """Return the axes that a perturbation acts over."""
+    smooth = one.perturbation.smooth
+    return "space" if smooth is None else smooth.axes
 
 
 def _require_heads(one: ActivePerturbation, target: Target, count: int) -> None:
@@ -114,18 +117,6 @@ def _require_heads(one: ActivePerturbation, target: Target, count: int) -> None:
         raise GuidanceError(f"{one.perturbation.label}: {error}") from None
 
 
-def _image_mass(
-    attention: Attention, span: Span, patch: tuple[int, int, int] | None, rows: slice
-) -> Mass:
-    """Return how much attention the image's tokens draw from each other, in some rows."""
-    own = attention.of(rows)
-    image = _tokens(span.view(own.by_heads(own.query, own.axis), 1))
-    key = own.of_each_head(own.key).flatten(2)
-    mass = column_mass(image, key, own.heads, scale=own.scale, mask=own.mask_of(span))
-    image_keys = span.view(mass, 1, span.key_offset).flatten(1, 2)
-    return Mass(frame_shares(image_keys, span.grid), span.grid, patch)
-
-
 def _only_change(group: RowGroup, target: Target) -> Change | None:
     """Return the change of a group, if there is just one and it is of all heads."""
     if len(group.active) != 1 or group.active[0].perturbation.heads(target) is not None:
@@ -133,62 +124,80 @@ def _only_change(group: RowGroup, target: Target) -> Change | None:
     return group.active[0].perturbation.change
 
 
-def _shortcut(
-    attention: Attention, span: Span, target: Target, group: RowGroup
-) -> Callable[[Attention, Span, ActivePerturbation], torch.Tensor] | None:
-    """Return what gives a group's output without attention of every query; None if nothing does."""
+def _is_short(attention: Attention, span: Span, target: Target, group: RowGroup) -> bool:
+    """Tell whether a group's output needs no attention of every query of the image."""
     change = _only_change(group, target)
     if attention.chained or not span.is_solid:
-        return None
-    if isinstance(change, SmoothQueries) and change.one_query and not attention.masks_queries:
-        return _one_query
+        return False
+    if isinstance(change, SmoothQueries):
+        return change.one_query and not attention.masks_queries
     is_whole = span.length == attention.queries == attention.keys
-    if isinstance(change, ChangeOutput) and not change.mix.needs_map and is_whole:
-        return _values
-    return None
+    return isinstance(change, ChangeOutput) and not change.needs_map and is_whole
 
 
-def _one_query(attention: Attention, span: Span, one: ActivePerturbation) -> torch.Tensor:
-    """Return attention in which few queries stand for the image's; their output, for all."""
+def _short(attention: Attention, span: Span, one: ActivePerturbation) -> torch.Tensor:
+    """Return attention in which few queries stand for the image's; their output, for all.
+
+    Where nothing is left of the attention map, return the values in the layout of the output.
+    """
     smooth = one.perturbation.smooth
-    assert smooth is not None
+    if smooth is None:
+        return laid_out(attention.of_each_head(attention.value), attention.out_axis)
     query = attention.by_heads(attention.query, attention.axis)
     heads = query.shape[2:]
-    means = smooth(_tokens(span.view(query, 1)), span.grid, one.matrices, True)
-    before, _, after = query.split(
-        [span.start, span.length, query.shape[1] - span.start - span.length], dim=1
-    )
-    short = torch.cat([before, means.unflatten(2, heads), after], dim=1)
+    means = smooth.mean(_tokens(span.view(query, 1)), span.grid).unflatten(2, heads)
+    start, stop = span.start, span.start + span.length
+    short = torch.cat([query[:, :start], means, query[:, stop:]], dim=1)
     out = attention.run(laid_out(short, attention.axis))
     out = attention.by_heads(out, attention.out_axis)
-    sizes = [before.shape[1], means.shape[1], after.shape[1]]
-    before, rows, after = out.split(sizes, dim=1)
-    image = repeat_rows(rows.flatten(2), span.grid, axes=smooth.axes).unflatten(2, heads)
-    return laid_out(torch.cat([before, image, after], dim=1), attention.out_axis)
+    stop = start + means.shape[1]
+    rows = out[:, start:stop].flatten(2)
+    image = repeat_rows(rows, span.grid, axes=smooth.axes).unflatten(2, heads)
+    whole = torch.cat([out[:, :start], image, out[:, stop:]], dim=1)
+    return laid_out(whole, attention.out_axis)
 
 
-def _values(attention: Attention, span: Span, one: ActivePerturbation) -> torch.Tensor:
-    """Return the values in the layout of the output, of whose map nothing will be left."""
-    del span, one
-    return laid_out(attention.of_each_head(attention.value), attention.out_axis)
+def _smoothing(
+    groups: list[RowGroup],
+) -> list[tuple[slice, ActivePerturbation, SmoothQueries]]:
+    """Return who smooths which rows, and how."""
+    acting = [(g.rows, one, one.perturbation.change) for g in groups for one in g.active]
+    return [(rows, one, it) for rows, one, it in acting if isinstance(it, SmoothQueries)]
 
 
 def _smoothed_queries(
     attention: Attention, span: Span, groups: list[RowGroup], target: Target
 ) -> torch.Tensor:
     """Return queries, the image's smoothed over their grid as each group's perturbations ask."""
-    smoothing = [(g, one) for g in groups for one in g.active if one.perturbation.smooth]
+    smoothing = _smoothing(groups)
     query = attention.query.clone() if smoothing else attention.query
-    for group, one in smoothing:
-        image = span.view(attention.by_heads(query, attention.axis)[group.rows], 1)
-        _change_heads(image, one.perturbation.heads(target), partial(_smoothed, span, one))
+    for rows, one, smooth in smoothing:
+        image = span.view(attention.by_heads(query, attention.axis)[rows], 1)
+        change = partial(_smoothed, smooth, span.grid, one.matrices)
+        _change_heads(image, one.perturbation.heads(target), change)
     return query
 
 
-def _smoothed(span: Span, one: ActivePerturbation, image: torch.Tensor) -> torch.Tensor:
-    smooth = one.perturbation.smooth
-    assert smooth is not None
-    return smooth(_tokens(image), span.grid, one.matrices, False).reshape(image.shape)
+def _smoothed(
+    smooth: SmoothQueries, grid: TokenGrid, matrices: BlurMatrices, image: torch.Tensor
+) -> torch.Tensor:
+    return smooth(_tokens(image), grid, matrices).reshape(image.shape)
+
+
+def _softened_output(
+    attention: Attention, groups: list[RowGroup], out: torch.Tensor
+) -> torch.Tensor:
+    """Return an output that is drawn to that of smoothed queries as far as each group asks."""
+    soft = [(rows, smooth) for rows, _, smooth in _smoothing(groups) if smooth.strength < 1]
+    if not soft:
+        return out
+    out = out.clone()
+    # Another node's code may go by the labels of all rows.
+    whole = attention.run() if attention.chained else None
+    for rows, smooth in soft:
+        own = attention.of(rows).run() if whole is None else whole[rows]
+        out[rows] = softened_attention(own, out[rows], smooth.strength)
+    return out
 
 
 def _mixed_output(
@@ -212,30 +221,19 @@ def _change_heads(
     change: Callable[..., torch.Tensor],
     *others: torch.Tensor,
 ) -> None:
-    """Write into some heads of an image's tokens what `change` makes of them.
+    """Write into some heads of an image's tokens, or all, what `change` makes of them.
 
-    Args:
-        image: `(rows, lines, columns, heads, dim)`.
-        heads: the chosen ones; None for all.
-        change: is given the chosen heads of the image and of the others, in that layout.
-        others: whatever it needs besides, in the shape of the image.
+    It is given those heads of the image and of the others, `(rows, lines, columns, heads, dim)`.
     """
-    if heads is None:
-        image.copy_(change(image, *others))
-        return
-    chosen = [torch.stack([t.select(3, head) for head in heads], dim=3) for t in (image, *others)]
-    for head, changed in zip(heads, change(*chosen).unbind(3), strict=True):
-        image.select(3, head).copy_(changed)
+    index = slice(None) if heads is None else list(heads)
+    image[..., index, :] = change(*(tokens[..., index, :] for tokens in (image, *others)))
 
 
 def _show_probes(attention: Attention, span: Span, groups: list[RowGroup], target: Target) -> None:
     """Show probes the image's queries, and all keys, of the first sample that is smoothed."""
-    for group in groups:
-        for one in group.active:
-            smooth = one.perturbation.smooth
-            if one.probe is None or smooth is None:
-                continue
-            first = attention.of(slice(group.rows.start, group.rows.start + 1))
+    for rows, one, smooth in _smoothing(groups):
+        if one.probe is not None:
+            first = attention.of(slice(rows.start, rows.start + 1))
             query = span.view(first.by_heads(first.query, first.axis), 1).flatten(1, 2)
             key = first.by_heads(first.key, first.axis)
             query, key = (tokens[0].transpose(0, 1) for tokens in (query, key))

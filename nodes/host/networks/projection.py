@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from ..batch.active import RowGroup
-from ..batch.widening import hooked
+from ..batch.network_call import NetworkCall
+from ..batch.widening import wrapped
 
 
 @contextmanager
@@ -28,36 +28,25 @@ def projected_once(
         groups: is given a projection's number and its rows, and returns them in groups.
         is_short: tells whether the mean token is enough for a group.
     """
-    sizes: list[tuple[int, int]] = []
-    whole = torch.Size()
 
-    def enter(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal whole
-        sizes.clear()
-        tokens = args[0]
+    def handle(number: int, run: NetworkCall) -> torch.Tensor:
+        name, tokens = next(iter(run.arguments.items()))
         here = groups(number, tokens.shape[0])
         if not any(is_short(number, group) for group in here):
-            return args, kwargs
-        whole = tokens.shape
+            return run.run()
         pieces = [
             rows.mean(dim=1, keepdim=True) if is_short(number, group) else rows
             for group in here
             for rows in [tokens[group.rows]]
         ]
-        sizes.extend((piece.shape[0], piece.shape[1]) for piece in pieces)
-        flat = torch.cat([piece.reshape(-1, whole[-1]) for piece in pieces])
-        return (flat, *args[1:]), kwargs
-
-    def leave(number: int, out: torch.Tensor) -> torch.Tensor:
-        del number
-        if not sizes:
-            return out
-        pieces = out.split([rows * tokens for rows, tokens in sizes])
+        flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        out = run.replaced(**{name: flat}).run()
+        few = out.split([piece.shape[0] * piece.shape[1] for piece in pieces])
         shaped = [
-            piece.reshape(*size, -1).expand(-1, whole[1], -1)
-            for piece, size in zip(pieces, sizes, strict=True)
+            one.unflatten(0, piece.shape[:2]).expand(-1, tokens.shape[1], -1)
+            for one, piece in zip(few, pieces, strict=True)
         ]
         return torch.cat(shaped)
 
-    with hooked(modules, enter, leave):
+    with wrapped(modules, handle):
         yield

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ....seg_core import Target, TokenGrid
+from ....seg_core import Target, TokenGrid, column_mass, frame_shares
+from .attention import Attention, Span
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,18 @@ class Mass:
     mass: torch.Tensor
     grid: TokenGrid
     patch: tuple[int, int, int] | None = None
+
+
+def image_mass(
+    attention: Attention, span: Span, patch: tuple[int, int, int] | None, rows: slice
+) -> Mass:
+    """Return how much attention the image's tokens draw from each other, in some rows."""
+    own = attention.of(rows)
+    image = span.view(own.by_heads(own.query, own.axis), 1).flatten(1, 2).flatten(2)
+    key = own.of_each_head(own.key).flatten(2)
+    mass = column_mass(image, key, own.heads, scale=own.scale, mask=own.mask_of(span))
+    image_keys = span.view(mass, 1, span.key_offset).flatten(1, 2)
+    return Mass(frame_shares(image_keys, span.grid), span.grid, patch)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from ..batch.widening import own_options
 from ..settings.changes import Auto
 from ..settings.errors import GuidanceError
 from .adapter import NetworkAdapter, Options
-from .attention import Attention
+from .attention import Attention, Span
 from .blocks import Carried
 from .editing import AttentionEditor
 from .projection import projected_once
-from .span import Span
 
+_SWAPPED = 6
 _OVERRIDE = "optimized_attention_override"
 
 
@@ -36,20 +36,22 @@ class UNet(NetworkAdapter):
     def __init__(self, network: UNetModel) -> None:
         self.network = network
         middle = network.middle_block
-        self.parts: dict[str, list[Any]] = {
+        parts: dict[str, list[Any]] = {
             "input": list(network.input_blocks),
             "middle": [] if middle is None else [middle],
             "output": list(network.output_blocks),
         }
-        self.blocks = [layer for some in self.parts.values() for block in some for layer in block]
-        self.catalogue = [
-            Block(part, index, len(transformer.transformer_blocks))
-            for part, some in self.parts.items()
+        self.blocks = [layer for some in parts.values() for block in some for layer in block]
+        self._spatial = {
+            (part, index): layer
+            for part, some in parts.items()
             for index, block in enumerate(some)
-            for transformer in _transformers(block)
-        ]
-        layers = [self.spatial(target) for target in all_targets(self.catalogue)]
-        if not layers or not all(hasattr(layer, "time_stack") for layer in layers):
+            for layer in block
+            if _attends(eager(layer))
+        }
+        layers = self._spatial.items()
+        self.catalogue = [Block(*place, len(layer.transformer_blocks)) for place, layer in layers]
+        if not layers or not all(hasattr(layer, "time_stack") for _, layer in layers):
             self.one_picture = "this UNet makes single pictures: it has no attention over time"
 
     @staticmethod
@@ -60,20 +62,15 @@ class UNet(NetworkAdapter):
 
     def fork(self, target: Target) -> int:
         """Return the number of the layer that holds a target."""
-        layer = self.spatial(target)
-        return next(n for n, other in enumerate(self.blocks) if other is layer)
-
-    def spatial(self, target: Target) -> Any:
-        """Return the layer that holds a target, and knows the size of its image."""
-        return _transformers(self.parts[target.part][target.index])[0]
+        return self.blocks.index(self._spatial[target.part, target.index])
 
     def module(self, target: Target) -> Any:
         """Return the transformer block whose self-attention a target is."""
-        return self.spatial(target).transformer_blocks[target.transformer]
+        return self._spatial[target.part, target.index].transformer_blocks[target.transformer]
 
     def module_over_time(self, target: Target) -> Any:
         """Return the transformer block over frames that follows a target's."""
-        return self.spatial(target).time_stack[target.transformer]
+        return self._spatial[target.part, target.index].time_stack[target.transformer]
 
     def frames(self, call: Call) -> int:
         """Return the number of frames that attend to each other in one call."""
@@ -94,11 +91,19 @@ class UNet(NetworkAdapter):
         return Span(0, TokenGrid(1, 1, queries), queries)
 
     def auto(self, purpose: Auto) -> Sequence[Target]:
-        """Return the middle block, or for other tokens all but the first quarter of the encoder.
+        """Return the middle block, or the blocks of the papers that change tokens.
+
+        Shuffled tokens enter all but the first quarter of the encoder. Swapped ones enter the first
+        six layers of the decoder if its first block has as many, as in SDXL.
 
         Raises:
             ValueError: if these parts have no self-attention here.
         """
+        if purpose == "swap":
+            decoder = [block for block in self.catalogue if block.part == "output"]
+            first = list(all_targets(decoder[:1]))[:_SWAPPED]
+            if len(first) == _SWAPPED:
+                return first
         part = "input" if purpose == "tokens" else "middle"
         layers = list(all_targets(block for block in self.catalogue if block.part == part))
         if not layers:
@@ -112,54 +117,41 @@ class UNet(NetworkAdapter):
     @contextmanager
     def edited_attention(self, call: Call, editor: AttentionEditor) -> Iterator[None]:
         """Change the self-attention of some rows for the length of one call, or measure it."""
-        targets = editor.targets
-        modules = [(self.module(target), target, False) for target in targets]
-        modules += [
-            (self.module_over_time(target), target, True)
-            for target in targets
+        places = [(self.module(target), target, "space") for target in editor.targets]
+        places += [
+            (self.module_over_time(target), target, "time")
+            for target in editor.targets
             if editor.acting(target, "time")
         ]
-        chained: dict[int, bool] = {}
+
+        chained: dict[Target, bool] = {}
 
         def own(number: int, options: Options) -> Options:
-            _, target, over_time = modules[number]
-            chained[number] = self._is_chained(options, target)
-            return self._with_replacement(options, editor, target, over_time)
+            _, target, axis = places[number]
+            chained[target] = _other(options, target)[1] is not None or _OVERRIDE in options
+            return self._with_replacement(options, editor, target, axis)
 
         def groups(number: int, rows: int) -> list[RowGroup]:
-            target = targets[number]
+            target = editor.targets[number]
             return row_groups(editor.acting(target, "space"), editor.present(target), rows)
 
         def is_short(number: int, group: RowGroup) -> bool:
-            return not chained[number] and editor.needs_one_query(targets[number], group)
+            target = editor.targets[number]
+            return not chained[target] and editor.needs_one_query(target, group)
 
-        blocks = [module for module, _, _ in modules]
-        projections = [self.module(target).attn1.to_q for target in targets]
+        blocks = [module for module, _, _ in places]
+        projections = [self.module(target).attn1.to_q for target in editor.targets]
         with own_options(blocks, call.options, own), projected_once(projections, groups, is_short):
             yield
 
-    def _place(self, options: Options, target: Target) -> tuple[Any, ...]:
-        """Return under which name the host looks for replacements of a block's attention."""
-        return (*options["block"][:2], options.get("block_index", target.transformer))
-
-    def _is_chained(self, options: Options, target: Target) -> bool:
-        """Tell whether another node computes a block's self-attention."""
-        place = self._place(options, target)
-        table = options.get("patches_replace", {}).get("attn1", {})
-        return bool(table.keys() & {place, place[:2]}) or _OVERRIDE in options
-
     def _with_replacement(
-        self, options: Options, editor: AttentionEditor, target: Target, over_time: bool
+        self, options: Options, editor: AttentionEditor, target: Target, axis: str
     ) -> Options:
-        """Return a block's options in which the editor computes its self-attention.
-
-        What computes it otherwise is another node's replacement, or the host.
-        """
-        place = self._place(options, target)
+        """Return a block's options in which the editor stands around what computes attention."""
+        place, before = _other(options, target)
         tables = options.get("patches_replace", {})
         table = tables.get("attn1", {})
-        before = table.get(place, table.get(place[:2]))
-        chained = self._is_chained(options, target)
+        chained = before is not None or _OVERRIDE in options
 
         def replacement(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Options
@@ -173,59 +165,57 @@ class UNet(NetworkAdapter):
                 )
 
             own = Attention(attend, (q, k, v), {"heads": extra["n_heads"]}, chained=chained)
-            return self._edited(own, editor, target, over_time, options)
+            return self._edited(own, editor, target, axis, options)
 
         return {**options, "patches_replace": {**tables, "attn1": {**table, place: replacement}}}
 
     def _edited(
-        self,
-        own: Attention,
-        editor: AttentionEditor,
-        target: Target,
-        over_time: bool,
-        options: Options,
+        self, own: Attention, editor: AttentionEditor, target: Target, axis: str, options: Options
     ) -> torch.Tensor:
-        here = editor.acting(target, "time" if over_time else "space")
-        measured = [] if over_time else [r for r in editor.measured if target in r.targets]
-        asking = [one.perturbation.label for one in here] + [r.label for r in measured]
-        if not asking:
+        """Return the output of one attention over space or time, edited and measured."""
+        here = editor.acting(target, axis)
+        measured = [r for r in editor.measured if axis == "space" and target in r.targets]
+        if not here and not measured:
             return own.run()
-        smooths = measured or any(one.perturbation.smooth is not None for one in here)
-        others = measured or any(one.perturbation.smooth is None for one in here)
-        self._require_own_tokens(own, target, asking[0], tokens=bool(others))
-        grid = TokenGrid(own.queries, 1, 1) if over_time else TokenGrid(1, 1, own.queries)
-        if smooths and not over_time:
-            grid = self._grid(own.queries, options, target, asking[0])
+        smooths = [one.perturbation.smooth for one in here]
+        grid = TokenGrid(1, 1, own.queries)
+        if axis == "time":
+            grid = TokenGrid(own.queries, 1, 1)
+        elif measured or any(smooths):
+            grid = TokenGrid(1, *_size(own.queries, options))
+        # Smoothing needs the queries' grid alone: another node may add keys.
+        problem = _mismatch(own, grid, own_keys=bool(measured or None in smooths))
+        if problem:
+            label = here[0].perturbation.label if here else measured[0].label
+            raise GuidanceError(
+                f"{label}: block {self.describe([target])} has {problem}. A node such as HyperTile "
+                "or ToMe tiles or merges tokens there; leave it out, or choose other blocks."
+            )
         span = Span(0, grid, grid.width)
         if measured:
             editor.measure(own, target, span)
-        return editor.run(own, target, span, here) if here else own.run()
+        return editor.run(own, target, span, here)
 
-    def _require_own_tokens(
-        self, own: Attention, target: Target, label: str, *, tokens: bool
-    ) -> None:
-        """Refuse keys that are not of the queries' rows, or where it matters not of their tokens.
 
-        Smoothing needs the queries' grid alone: another node may add keys.
-        """
-        if own.rows != own.key.shape[0] or (tokens and own.queries != own.keys):
-            raise GuidanceError(
-                f"{label}: block {self.describe([target])} has {own.rows} x {own.queries} queries "
-                f"for {own.key.shape[0]} x {own.keys} keys, so they are not the same tokens. A "
-                "node such as HyperTile or ToMe tiles or merges tokens there; leave it out, or "
-                "choose other blocks."
-            )
+def _other(options: Options, target: Target) -> tuple[tuple[Any, ...], Any]:
+    """Return where the host looks for a replacement of a block's attention, and another node's."""
+    block = options["block"][:2]
+    place = (*block, options.get("block_index", target.transformer))
+    table = options.get("patches_replace", {}).get("attn1", {})
+    return place, table.get(place, table.get(block))
 
-    def _grid(self, tokens: int, options: Options, target: Target, label: str) -> TokenGrid:
-        """Return the grid of a block's tokens, as its layer notes it for the blocks inside."""
-        height, width = _size(tokens, options)
-        if height * width != tokens:
-            raise GuidanceError(
-                f"{label}: block {self.describe([target])} has {tokens} tokens, which is not its "
-                f"grid of {height}x{width} = {height * width}. A node such as HyperTile or ToMe "
-                "tiles or merges tokens there; leave it out, or choose other blocks."
-            )
-        return TokenGrid(1, height, width)
+
+def _mismatch(own: Attention, grid: TokenGrid, *, own_keys: bool) -> str:
+    """Return how the tokens of an attention differ from its grid's or its keys'; empty if not."""
+    if own.rows != own.key.shape[0] or (own_keys and own.queries != own.keys):
+        return (
+            f"{own.rows} x {own.queries} queries for {own.key.shape[0]} x {own.keys} keys, so they "
+            "are not the same tokens"
+        )
+    if own.queries != grid.tokens:
+        size = f"{grid.height}x{grid.width}"
+        return f"{own.queries} tokens, which is not its grid of {size} = {grid.tokens}"
+    return ""
 
 
 def _size(tokens: int, options: Options) -> tuple[int, int]:
@@ -239,10 +229,8 @@ def _size(tokens: int, options: Options) -> tuple[int, int]:
     return height, width
 
 
-def _transformers(block: Any) -> list[Any]:
-    return [
-        layer
-        for layer in block
-        if isinstance(eager(layer), SpatialTransformer)
-        and not eager(layer.transformer_blocks[0]).disable_self_attn
-    ]
+def _attends(layer: Any) -> bool:
+    """Tell whether a layer holds self-attention over an image's tokens."""
+    if not isinstance(layer, SpatialTransformer):
+        return False
+    return not eager(layer.transformer_blocks[0]).disable_self_attn

@@ -14,29 +14,22 @@ from ....seg_core import (
     mean_logsumexp,
     row_curvature,
 )
-from ..settings.branch import Branch
-from ..settings.changes import Smooth
-from ..settings.perturbation import BlockPerturbation
+from ..settings.changes import SmoothQueries
+from ..settings.perturbation import BlockPerturbation, Perturbation
+from .probe import BlockRecord, Measures
 
 HEADS = 2
 QUERIES = 64
 LARGEST = 4096**2
 _GOLDEN = (math.sqrt(5) - 1) / 2
-Measured = tuple[torch.Tensor, int, tuple[int, int]]
-"""Measures without and with blur, on the device; queries of the map; heads and queries measured."""
 
 
 class AttentionProbe:
-    """Measures the attention that a branch smooths, each block once in a step.
+    """Measures the attention that a perturbation smooths in one step, each block once."""
 
-    Attributes:
-        blocks: what was measured in this step, by the names of the blocks.
-    """
-
-    def __init__(self, branch: Branch) -> None:
-        self.blocks: dict[str, Measured] = {}
-        self._perturbation = branch.perturbation
-        self._slopes: dict[tuple[TokenGrid, torch.device], torch.Tensor] = {}
+    def __init__(self, perturbation: Perturbation) -> None:
+        self._perturbation = perturbation
+        self._measured: dict[str, tuple[torch.Tensor, int, tuple[int, int]]] = {}
 
     def measure(
         self,
@@ -44,34 +37,37 @@ class AttentionProbe:
         query: torch.Tensor,
         key: torch.Tensor,
         grid: TokenGrid,
-        smooth: Smooth,
+        smooth: SmoothQueries,
         matrices: BlurMatrices,
         scale: float | None = None,
     ) -> None:
         """Measure queries that are about to be smoothed: `(heads, tokens, dim)` of one sample."""
-        name = self._perturbation.name([target])
-        if name in self.blocks:
-            return
         assert isinstance(self._perturbation, BlockPerturbation)
+        name = self._perturbation.name([target])
+        if name in self._measured:
+            return
         smoothed = self._perturbation.heads(target) or range(query.shape[0])
         heads = [smoothed[index] for index in _spread(len(smoothed))]
         shared = query.shape[0] // key.shape[0]  # grouped queries have fewer heads of keys
         query, key = query[heads], key[[head // shared for head in heads]]
         chosen = picked(len(heads), grid.tokens, key.shape[1], query.device)
-        query = torch.stack([query, smooth(query, grid, matrices, False)])[:, :, chosen]
+        query = torch.stack([query, smooth(query, grid, matrices)])[:, :, chosen]
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         logits = (query.float() * factor) @ key.float().mT
-        slopes = self._slopes_of(smooth, grid, query.device)[chosen]
+        slopes = smooth.slopes(grid).float().to(query.device)[chosen]
         passed = torch.stack([torch.ones_like(slopes), slopes])[:, None]
         curvature = (passed * row_curvature(logits)).mean(dim=-1)
         measures = torch.stack([logit_variance(logits), mean_logsumexp(logits), curvature])
-        self.blocks[name] = measures.mean(dim=-1).mT, grid.tokens, (len(heads), len(chosen))
+        sampled = len(heads), len(chosen)
+        self._measured[name] = measures.mean(dim=-1).mT, grid.tokens, sampled
 
-    def _slopes_of(self, smooth: Smooth, grid: TokenGrid, device: torch.device) -> torch.Tensor:
-        """Return how much of the curvature at each query the blur lets through."""
-        if (grid, device) not in self._slopes:
-            self._slopes[grid, device] = smooth.slopes(grid).float().to(device)
-        return self._slopes[grid, device]
+    def records(self) -> dict[str, BlockRecord]:
+        """Fetch what was measured from the device, by the names of the blocks."""
+        found = {}
+        for name, (numbers, queries, sampled) in self._measured.items():
+            plain, blurred = (Measures(*row) for row in numbers.tolist())
+            found[name] = BlockRecord(plain, blurred, queries, sampled)
+        return found
 
 
 def picked(heads: int, tokens: int, keys: int, device: torch.device) -> torch.Tensor:

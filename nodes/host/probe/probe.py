@@ -53,8 +53,12 @@ class BranchRecord:
             prediction.
         prediction: size of the prediction that was compared with the perturbed one.
         cosine: between guidance and cfg; 0 where one of them is 0.
+        effective_cfg: the cfg that the guided prediction is nearest to; NaN without one.
+        beside: share of the push that no cfg could give; NaN without one.
+        off: how far a held difference was from this computed one, as a share; NaN if none was held.
         joined: perturbed predictions made in the call of the base prediction.
         whole: those that took a pass of their own, by reason.
+        held: the last difference stood in for a prediction.
         blocks: the blocks whose attention it smoothed, by name.
     """
 
@@ -62,8 +66,12 @@ class BranchRecord:
     cfg: float
     prediction: float
     cosine: float
+    effective_cfg: float
+    beside: float
+    off: float
     joined: int
     whole: dict[str, int]
+    held: bool
     blocks: dict[str, BlockRecord]
 
     def share(self, size: float) -> float:
@@ -136,5 +144,5 @@ def fingerprint_of(samples: torch.Tensor) -> torch.Tensor:
     """Return three numbers that identify latents; those of nested ones equal no others."""
     if samples.is_nested:
         return torch.full((3,), math.nan, dtype=torch.float64)
-    work = samples.detach().double().cpu()
+    work = samples.detach().cpu().double()
     return torch.stack([torch.tensor(work.numel()).double(), work.sum(), work.abs().sum()])

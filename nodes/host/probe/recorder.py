@@ -16,20 +16,12 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
 
 from ..settings.branch import Branch
-from .attention import AttentionProbe, Measured
-from .probe import (
-    PROBES,
-    BlockRecord,
-    BranchRecord,
-    Measures,
-    Probe,
-    StepRecord,
-    fingerprint_of,
-)
+from .attention import AttentionProbe
+from .probe import PROBES, BranchRecord, Probe, StepRecord, fingerprint_of
 
 MAP_SIDE = 128
-Counts = tuple[int, Counter[str]]
-"""Predictions made in the calls of the base prediction, and whole passes by reason."""
+Counts = tuple[int, Counter[str], int]
+"""Predictions made in the calls of the base prediction, whole passes by reason, and held ones."""
 
 
 def recorder_of(model_options: dict[str, Any]) -> Recorder | None:
@@ -44,21 +36,18 @@ class _Step:
     def __init__(self, timestep: torch.Tensor) -> None:
         self.timestep = timestep.flatten()[:1]
         self.begin = self.end = _now(timestep.device)
-        self.branches: dict[Branch, tuple[torch.Tensor, Counts, dict[str, Measured]]] = {}
+        self.probes: dict[Branch, AttentionProbe] = {}
+        self.branches: dict[Branch, tuple[torch.Tensor, Counts]] = {}
         self.before: Any = None
         self.heat: torch.Tensor | None = None
 
     def record(self, branches: list[Branch]) -> StepRecord:
         """Return its record, with branches by their position."""
         found = {}
-        for branch, (sizes, counts, measured) in self.branches.items():
-            blocks = {}
-            for name, (numbers, queries, sampled) in measured.items():
-                plain, blurred = (Measures(*row) for row in numbers.tolist())
-                blocks[name] = BlockRecord(plain, blurred, queries, sampled)
-            joined, whole = counts
+        for branch, (figures, (joined, whole, held)) in self.branches.items():
+            blocks = self.probes[branch].records() if branch in self.probes else {}
             found[branches.index(branch)] = BranchRecord(
-                *sizes.tolist(), joined=joined, whole=dict(whole), blocks=blocks
+                *figures.tolist(), joined=joined, whole=dict(whole), held=bool(held), blocks=blocks
             )
         return StepRecord(self.timestep.item(), _milliseconds(self.begin, self.end), found)
 
@@ -70,14 +59,11 @@ class Recorder:
         self._probes = probes
         self._done: list[_Step] = []
         self._step: _Step | None = None
-        self._attention: dict[Branch, AttentionProbe] = {}
         self._counts: dict[Branch, Counts] = {}
 
     @contextmanager
     def step(self, timestep: torch.Tensor) -> Iterator[None]:
         """Record one evaluation of the guided model."""
-        for probe in self._attention.values():
-            probe.blocks = {}
         self._step = step = _Step(timestep)
         try:
             yield
@@ -90,27 +76,37 @@ class Recorder:
         """Return what measures a branch's attention; None outside of a step."""
         if self._step is None:
             return None
-        return self._attention.setdefault(branch, AttentionProbe(branch))
+        return self._step.probes.setdefault(branch, AttentionProbe(branch.perturbation))
 
     def guided(
-        self, branch: Branch, args: dict[str, Any], guided: torch.Tensor, counts: Counts
+        self,
+        branch: Branch,
+        args: dict[str, Any],
+        guided: torch.Tensor,
+        counts: Counts,
+        figures: torch.Tensor,
     ) -> None:
-        """Record what a branch has made of a prediction, and its predictions in the run so far."""
+        """Record what a branch has made of a prediction.
+
+        Args:
+            branch: the branch.
+            args: of the host's post-CFG call.
+            guided: what it made of them.
+            counts: its predictions in the run so far.
+            figures: effective cfg, share beside it, distance of a held difference; or NaN.
+        """
         step = self._step
         if step is None:
             return
         if step.before is None:  # what our first branch finds: cfg and the nodes before it
             step.before = args["denoised"] - args["cond_denoised"]
-        joined, whole = self._counts.get(branch, (0, Counter()))
+        joined, whole, held = self._counts.get(branch, (0, Counter[str](), 0))
         self._counts[branch] = counts
         change = guided - args["denoised"]
         side = "uncond_denoised" if branch.side == "unconditional" else "cond_denoised"
-        probe = self._attention.get(branch)
-        step.branches[branch] = (
-            _sizes(change.float(), step.before.float(), args[side].float()),
-            (counts[0] - joined, counts[1] - whole),
-            {} if probe is None else probe.blocks,
-        )
+        sizes = _sizes(change.float(), step.before.float(), args[side].float())
+        new = counts[0] - joined, counts[1] - whole, counts[2] - held
+        step.branches[branch] = torch.cat([sizes, figures.to(sizes)]), new
         if change.ndim >= 4:
             heat = _heat(change)
             step.heat = heat if step.heat is None else step.heat + heat

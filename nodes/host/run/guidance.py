@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,8 +23,12 @@ from .state import BranchState
 from .step import Evaluation, Step
 
 Args = dict[str, Any]
-Compared = tuple[torch.Tensor, torch.Tensor]
 _PATIENCE = 3
+_reports: WeakKeyDictionary[Any, tuple[float, Report]] = WeakKeyDictionary()
+
+
+class _InactiveError(Exception):
+    """A branch does not act on a prediction; says why, unless that was said."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +39,16 @@ class Guidance:
 
     def __call__(self, args: Args) -> torch.Tensor:
         """Guide one prediction; outside the window `denoised` itself comes back."""
-        branch, step = self.branch, _step_of(args)
-        run = step.run
-        state = run.state(branch)
+        branch, step = self.branch, _step_of(args, self.branch)
+        run, state = step.run, step.run.state(branch)
         if state not in run.active([branch], args["sigma"]):
             return args["denoised"]
-        compared = _Comparison(state, step, args).predictions()
-        if compared is None:
+        try:
+            prediction, perturbed = _Comparison(state, step, args).predictions()
+        except _InactiveError as pause:
+            if pause.args:
+                run.report.warn_once(f"{state.label} pauses: {pause}.")
             return args["denoised"]
-        prediction, perturbed = compared
         uncond = args["uncond_denoised"]
         guided = apply_guidance(
             args["denoised"],
@@ -55,8 +61,10 @@ class Guidance:
             # Guiders without an uncond hand on a number, or the cond in its place.
             uncond=uncond if args["uncond"] is not None and torch.is_tensor(uncond) else None,
         )
+        if run.report.is_read or run.recorder is not None:
+            state.note_effect(args, guided)
         if run.recorder is not None:
-            run.recorder.guided(branch, args, guided, state.counts)
+            run.recorder.guided(branch, args, guided, state.counts, state.figures())
         return guided
 
 
@@ -66,35 +74,30 @@ def branches_of(model_options: dict[str, Any]) -> list[Branch]:
     return [function.branch for function in functions if isinstance(function, Guidance)]
 
 
-def _step_of(args: Args) -> Step:
+def _step_of(args: Args, branch: Branch) -> Step:
     """Return the step that a post-CFG call belongs to.
 
     A guider may run none of the host's wrappers, or another node may have taken ours off the model:
-    nothing joined the base predictions then. The run is kept in the host's copy of the options for
-    one sampling call, which alone knows its noise levels, and never in a model's own.
+    nothing joined the base predictions then, and each evaluation is a run of its own.
     """
     model_options = args["model_options"]
-    run = model_options.get(KEY)
-    if isinstance(run, Run) and run.step is not None:
-        return run.step
+    run, branches = model_options.get(KEY), branches_of(model_options)
+    is_first = branch in branches[:1]
     if not isinstance(run, Run):
         run = Run(args["model"].model_sampling)
-        if "sample_sigmas" in model_options["transformer_options"]:
-            model_options[KEY] = run
-        else:
-            run.report = _report_of(args)
-    active = run.active(branches_of(model_options), args["sigma"])
-    return Step(run, active, args["input"], model_options)
+        run.report = _report_of(args, is_first)
+    if run.step is not None:
+        return run.step
+    if is_first:
+        run.report.count_evaluation()
+    return Step(run, run.active(branches, args["sigma"]), args["input"], model_options)
 
 
-_reports: WeakKeyDictionary[Any, tuple[float, Report]] = WeakKeyDictionary()
-
-
-def _report_of(args: Args) -> Report:
-    """Return what was said of a model's run so far; a run begins where the noise level rises."""
+def _report_of(args: Args, is_first: bool) -> Report:
+    """Return what was said so far while a model samples, which begins where the noise rises."""
     sigma = float(args["sigma"].flatten()[0])
     before, report = _reports.get(args["model"], (0.0, Report()))
-    report = report if sigma < before else Report()
+    report = report if sigma < before or not is_first else Report()
     _reports[args["model"]] = sigma, report
     return report
 
@@ -107,94 +110,116 @@ class _Comparison:
     step: Step
     args: Args
 
-    def predictions(self) -> Compared | None:
-        """Return the ordinary and the perturbed prediction; None where there is nothing to do."""
+    def predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ordinary and the perturbed prediction.
+
+        Raises:
+            _InactiveError: if there is nothing to compare.
+        """
         state, step, args = self.state, self.step, self.args
         step.asked.add(state)
         state.seen, state.unused = True, False
         side = self._side()
-        if side is None or not self._is_intercepted():
-            return None
+        self._require_interception()
         state.wanted = {cond["uuid"] for cond in args[side] or ()}
         if args[side] is None:  # as DualCFGGuider at cfg 1 and 1; the report says it had no effect
             state.explained = not state.guided
-            self._pause(f"this guider makes no {side} prediction at this cfg")
-            return None
-        if not self._is_active(side):
-            return None
+            raise _InactiveError(f"this guider makes no {side} prediction at this cfg")
+        self._require_evaluation(side)
         evaluation = step.evaluation(args["input"])
         prediction = step.prediction(evaluation, args, side)
         free = state.branch.side == "free"
         compared = step.prediction(evaluation, args, "cond") if free else prediction
         if prediction is None or compared is None or not torch.is_tensor(args["denoised"]):
-            self._pause(f"the sampler made no {side} prediction in a step")
-            return None
+            raise _InactiveError(f"the sampler made no {side} prediction in a step")
+        if free and step.perturbed.isdisjoint(state.wanted):
+            raise _InactiveError(
+                "which prompts this guider compares is known after its first evaluation"
+            )
         if not free:
-            return self._with_perturbed(side, prediction, evaluation)
-        if step.perturbed.isdisjoint(state.wanted):
-            self._pause("which prompts this guider compares is known after its first evaluation")
-            return None
-        return (compared, prediction) if self._is_reached() else None
+            return prediction, self._perturbed(side, prediction, evaluation)
+        self._require_reach()
+        return compared, prediction
 
-    def _with_perturbed(
+    def _perturbed(
         self, side: str, prediction: torch.Tensor, evaluation: Evaluation
-    ) -> Compared | None:
-        """Return a prediction, and the one that is made with the perturbation at work."""
+    ) -> torch.Tensor:
+        """Return the perturbed prediction: computed, or by the difference that is held."""
+        state, step, sigma = self.state, self.step, self.args["sigma"]
+        if step.place is None or evaluation is not step.evaluations[0]:
+            return self._computed(side, prediction, evaluation)
+        conds = self._active_conds(side)
+        held = state.holding.take(step.place, sigma, conds)
+        if held is not None:
+            self._count()
+            state.held += 1
+            return prediction - held
+        perturbed = self._computed(side, prediction, evaluation)
+        state.holding.keep(step.place, prediction - perturbed, sigma, conds)
+        return perturbed
+
+    def _computed(
+        self, side: str, prediction: torch.Tensor, evaluation: Evaluation
+    ) -> torch.Tensor:
+        """Return what is predicted in the place of a prediction with the perturbation at work."""
         state, step, args = self.state, self.step, self.args
         branch, x, reference = state.branch, evaluation.latent, prediction
         different = "" if branch.reuse else "reuse is off"
         if evaluation is not step.evaluations[0]:
             different = different or "another node evaluates the model twice in a step"
+        elif step.holds(state):
+            different = different or "other prompts are active than when it was held"
         if isinstance(branch.perturbation, InputBlur):
             different = "it starts from another latent"
             own = {**args, "input": x}
             start = blurred_start(branch.perturbation, step.run, own, args[side], prediction)
             if start is None:
-                return None
+                raise _InactiveError
             x, reference = start
         with step.run.memory.of(branch, args["model"].diffusion_model):
             perturbed = PerturbedPass(step, state, different=different).evaluate(args, side, x)
-        if not self._is_reached():
-            return None
-        if reference is not prediction:
-            perturbed = prediction + (perturbed - reference)
-        return prediction, perturbed
+        self._require_reach()
+        return perturbed if reference is prediction else prediction + (perturbed - reference)
 
-    def _is_reached(self) -> bool:
-        """Tell whether the perturbation was at work, and count the evaluation if it was."""
+    def _require_reach(self) -> None:
+        """Count the evaluation if the perturbation was at work, and pause if it was not."""
         state, step = self.state, self.step
         # Code in the network's place may answer single evaluations from a cache.
         if not state.reaches(_PATIENCE if step.run.memory.is_rewritten else 1):
             if state.unreachable:
                 step.run.report.explain_misses(state)
-            return False
-        if state not in step.guided:
-            step.guided.add(state)
-            state.guided += 1
-        return True
+            raise _InactiveError
+        self._count()
 
-    def _is_intercepted(self) -> bool:
-        """Tell whether a branch can act, and warn where another node keeps it out."""
+    def _count(self) -> None:
+        """Count the evaluation as guided."""
+        if self.state not in self.step.guided:
+            self.step.guided.add(self.state)
+            self.state.guided += 1
+
+    def _require_interception(self) -> None:
+        """Warn where another node keeps a branch out of the base predictions."""
         state, step = self.state, self.step
-        acts_in_base = state.branch.side == "free" or state.branch.needs_saliency
         if step.is_intercepted:
-            return True
-        effect = "has no effect: it acts in the base predictions" if acts_in_base else "is slower"
-        if acts_in_base or not step.run.report.evaluations:
+            return
+        needed = state.branch.acts_in_base
+        effect = "has no effect: it acts in the base predictions" if needed else "is slower"
+        effect += ", and makes its prediction in every step" if state.branch.every > 1 else ""
+        if needed or step.run.report.evaluations <= 1:
             step.run.report.warn_once(
                 f"{state.label} {effect}, because another node has taken this pack's sampling "
                 "wrappers off the model. Put that node before this one."
             )
-        return not acts_in_base
+        if needed:
+            raise _InactiveError
 
-    def _side(self) -> str | None:
-        """Return whose conds a branch perturbs, `cond` or `uncond`; None if it has to pause."""
+    def _side(self) -> str:
+        """Return whose conds a branch perturbs, `cond` or `uncond`."""
         state, branch = self.state, self.state.branch
         if branch.side == "conditional" or self.args["uncond"] is not None:
             return "cond" if branch.side == "conditional" else "uncond"
         if branch.side == "free" and state.guided:
-            self._pause("cfg has fallen to 1, where there is no unconditional prediction")
-            return None
+            raise _InactiveError("cfg has fallen to 1, where there is no unconditional prediction")
         if branch.side == "free":
             raise GuidanceError(
                 f"{state.label}: branch 'free' perturbs the unconditional prediction, and at cfg 1 "
@@ -206,27 +231,20 @@ class _Comparison:
         )
         return "cond"
 
-    def _is_active(self, side: str) -> bool:
-        """Tell whether any prompt of a side was evaluated in this step, and say why not."""
-        step, args = self.step, self.args
-        placed = (
-            comfy.samplers.get_area_and_mult(cond, args["input"], args["sigma"])
-            for cond in args[side]
-        )
-        if all(one is None for one in placed):
-            self._pause(f"no prompt of its side ({side}) is active in a step")
-            return False
+    def _require_evaluation(self, side: str) -> None:
+        """Pause if no prompt of a side was evaluated in this step."""
+        step = self.step
+        if not self._active_conds(side):
+            raise _InactiveError(f"no prompt of its side ({side}) is active in a step")
         if not step.is_intercepted or step.labels:
-            return True
-        acts_in_base = self.state.branch.side == "free" or self.state.branch.needs_saliency
-        if step.is_anonymous and not acts_in_base:
-            return True
-        if step.is_anonymous:
-            self._pause("another node evaluates the prompts without naming them")
-        else:
-            self._pause("another node ran the network by itself in a step, out of reach")
-        return False
+            return
+        if not step.is_anonymous:
+            raise _InactiveError("another node ran the network by itself in a step, out of reach")
+        if self.state.branch.acts_in_base:
+            raise _InactiveError("another node evaluates the prompts without naming them")
 
-    def _pause(self, why: str) -> None:
-        """Say once why a branch does not act in a step."""
-        self.step.run.report.warn_once(f"{self.state.label} pauses: {why}.")
+    def _active_conds(self, side: str) -> frozenset[Hashable]:
+        """Return the prompts of a side that take part at this noise level."""
+        args, area = self.args, comfy.samplers.get_area_and_mult
+        active = (c for c in args[side] if area(c, args["input"], args["sigma"]) is not None)
+        return frozenset(cond["uuid"] for cond in active)

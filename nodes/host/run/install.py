@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..batch.call import COMPILE_KEY, KEY
-from ..batch.compiled import CAN_RUN_EAGERLY
+from ..batch.call import KEY
 from ..probe.probe import PROBES, Probe
 from ..probe.recorder import recorder_of
 from ..settings.branch import Branch
 from ..settings.perturbation import InputBlur
 from .base_pass import BasePass
-from .compat.guiders import tell_conds_apart
+from .compat import tell_conds_apart
 from .guidance import Guidance, branches_of
 from .run import Run
 from .saliency import require_picture
@@ -45,11 +44,11 @@ def guided(model: Any, branch: Branch, no_effect: str = "") -> Any:
     if cause:
         log.warning("%s has no effect: %s", branch.perturbation.label, cause)
         return model.clone()
-    return attach(model, branch)
-
-
-def attach(model: Any, branch: Branch) -> Any:
-    """Return a clone of a model that a branch guides; the model itself stays as it is."""
+    if branch.side == "free" and branch.every > 1:
+        log.warning(
+            "%s: every has no effect with branch 'free', which makes no extra prediction.",
+            branch.perturbation.label,
+        )
     patched = _with_run(model)
     patched.set_model_sampler_post_cfg_function(Guidance(branch))
     return patched
@@ -81,7 +80,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     before = guider.model_options
     recorder = recorder_of(before)
     seed = kwargs.get("seed", args[_SEED] if len(args) > _SEED else None)
-    run = Run(guider.model_patcher.get_model_object("model_sampling"), recorder, seed)
+    shape = getattr(args[0] if args else kwargs.get("noise"), "shape", None)
+    run = Run(guider.model_patcher.get_model_object("model_sampling"), recorder, seed, shape)
     guider.model_options = _installed(before, run)
     try:
         result = executor(*args, **kwargs)
@@ -102,31 +102,20 @@ def _installed(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
     The pre-CFG function stands first, so that the run sees what was evaluated before anybody alters
     it, and does not take what other guidance nodes evaluate later for a base prediction.
     """
-    options = dict(model_options["transformer_options"])
-    wrappers = dict(options.get("wrappers", {}))
-    around = {k: fns for k, fns in wrappers.get("apply_model", {}).items() if k != KEY}
-    branches = branches_of(model_options)
-    acts_in_base = any(b.side == "free" or b.needs_saliency for b in branches)
-    if acts_in_base and not CAN_RUN_EAGERLY:  # graphs ignore what is changed for one call
-        around.pop(COMPILE_KEY, None)
-    wrappers["apply_model"] = {**around, KEY: [run.apply_model]}
-    options["wrappers"] = wrappers
 
     def before_cfg(args: dict[str, Any]) -> Any:
         if run.step is not None and isinstance(run.current, BasePass):
-            run.memory.observe(args["model"].diffusion_model)
             run.step.end_base_pass(args)
         return args["conds_out"]
 
     def after_cfg(args: dict[str, Any]) -> Any:
         if run.step is not None:
-            run.memory.observe(args["model"].diffusion_model)
             run.step.in_base_pass = False
         return args["denoised"]
 
     hooks = {"sampler_pre_cfg_function": before_cfg, "sampler_post_cfg_function": after_cfg}
     own = {name: [hook, *model_options.get(name, ())] for name, hook in hooks.items()}
-    return {**model_options, "transformer_options": options, KEY: run, **own}
+    return {**run.met_in(model_options), KEY: run, **own}
 
 
 def _predict_noise(
@@ -146,7 +135,8 @@ def _predict_noise(
         active = run.active(branches_of(model_options), timestep)
         if not active:
             return executor(x, timestep, model_options, seed)
-        with _evaluation(run, Step(run, active, x, model_options, executor.class_obj)):
+        place = run.place(active, x, timestep)
+        with _evaluation(run, Step(run, active, x, model_options, executor.class_obj, place)):
             return executor(x, timestep, model_options, seed)
 
 
@@ -160,11 +150,9 @@ def _evaluation(run: Run, step: Step) -> Iterator[None]:
     if any(branch.perturbation.targets or branch.needs_saliency for branch in branches):
         run.network_of(model)  # as it is outside of what other nodes do for the length of a call
     run.memory.begin(model.diffusion_model)
-    before, run.step = run.step, step
     try:
         with run.during(BasePass(step)):
             yield
         step.close()
     finally:
-        run.step = before
         step.precomputed.clear()

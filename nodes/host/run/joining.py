@@ -1,4 +1,4 @@
-"""Whether rows of perturbed predictions may join the calls of the base prediction.
+"""Which rows of perturbed predictions join a base call, and what it takes to prove that they may.
 
 Nothing is predicted of other nodes' code: where any acts on the network, the first joined call of a
 run is proved. The call is made alone as the host made it; in the joined one its rows must come out
@@ -7,50 +7,127 @@ the same, and so must rows that join it without a perturbation.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Hashable, Iterable
-from functools import partial
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
 import torch
 
+from ..batch.call import Call
+from ..batch.rows import Join
 from ..batch.trees import tensors_in
+from ..settings.changes import SkipBlock
+from .state import BranchState
+from .step import Step
 
-REORDERED = "another node reorders the rows"
-_TF32 = 2.0**-10
+_HEADROOM = 1.5
+"""What the host multiplies its estimate of memory by."""
 
 
-class Joining:
-    """What one run knows of joining.
+@dataclass(frozen=True)
+class Batch:
+    """Conds of a call that run together, and the rows that join them."""
 
-    Attributes:
-        obstacle: why rows no longer join; empty while they may.
-        mixes: code of other nodes makes rows of other rows of their batch; None if not measured.
+    call: Call
+    joins: list[Join]
+
+
+def batches_of(step: Step, call: Call) -> list[Batch]:
+    """Return a call in as few batches as fit into memory with the rows that join; none without."""
+    joins = _joins(step, call)
+    obstacle = _obstacle(step, call) if joins else ""
+    if not joins or obstacle:
+        step.precomputed.explain(joins, obstacle)
+        return []
+    batches: list[Batch] = []
+    left = range(len(call.uuids))
+    while left:
+        sizes = [1 + sum(join.chunk == chunk for join in joins) for chunk in left]
+        counts = range(len(left), 1, -1)
+        count = next((n for n in counts if _fits(call, sum(sizes[:n]))), 1)
+        chunks, left = left[:count], left[count:]
+        here = [join for join in joins if join.chunk in chunks]
+        if here and count == 1 and not _fits(call, sizes[0]):
+            step.precomputed.explain(here, "memory is short")
+            here = []
+        own = [replace(join, chunk=join.chunk - chunks[0]) for join in here]
+        batches.append(Batch(call.part(chunks), own))
+    return batches if any(batch.joins for batch in batches) else []
+
+
+def _joins(step: Step, call: Call) -> list[Join]:
+    """Return which rows should join a call, branch by branch.
+
+    A cond that was evaluated before, by itself, belongs to another prediction of the guider now.
     """
+    kept = step.precomputed.predictions if step.is_direct else {}
+    return [
+        _join(step, call, state, chunk)
+        for state in step.active
+        if state.joins
+        for chunk, uuid in enumerate(call.uuids)
+        if uuid in step.wanted(state) and (state.branch, uuid, call.window) not in kept
+    ]
 
-    def __init__(self) -> None:
-        self.obstacle = ""
-        self.mixes: bool | None = None
-        self._proved = set[Hashable]()
 
-    def stop(self, obstacle: str) -> None:
-        """Let no more rows join in this run."""
-        self.obstacle = self.obstacle or obstacle
+def _obstacle(step: Step, call: Call) -> str:
+    """Return why no rows can join a call; empty if they can."""
+    if step.run.obstacle:
+        return step.run.obstacle
+    if step.run.is_compiled(call):
+        return "the model is compiled"
+    return step.run.network(call).obstacle(call)
 
-    def unproved(self, foreign: frozenset[Hashable]) -> frozenset[Hashable]:
-        """Return which code of other nodes no call of this run was proved with."""
-        return foreign - self._proved
 
-    def accept(self, foreign: Iterable[Hashable]) -> None:
-        """Note that a call was proved."""
-        self._proved.update(foreign)
-        self.mixes = bool(self.mixes)
+def _join(step: Step, call: Call, state: BranchState, chunk: int) -> Join:
+    perturbation = step.run.perturbation(state.branch)
+    network, uuid = step.run.network(call), call.uuids[chunk]
+    # Rows that another branch perturbs in place differ from the base rows from there on.
+    acting = [state, *free_on(step, uuid)]
+    fork = min(network.fork(step.run.perturbation(one.branch).targets[0]) for one in acting)
+    passes = isinstance(perturbation.change, SkipBlock)
+    return Join((state.branch, uuid, call.window), chunk, fork, passes)
 
-    def reject(self, obstacle: str) -> None:
-        """Note that a call was not as the host made it, and let no more rows join."""
-        self.mixes = True
-        self.stop(obstacle)
+
+def free_on(step: Step, uuid: Hashable) -> list[BranchState]:
+    """Return the branches that perturb the base prediction of a cond itself."""
+    free = [state for state in step.active if state.branch.side == "free"]
+    return [state for state in free if uuid in step.wanted(state)]
+
+
+def _fits(call: Call, conds: int) -> bool:
+    """Tell whether so many conds of a call's size fit into memory at once, by the host's rule."""
+    patcher = getattr(call.model, "current_patcher", None)
+    free_memory = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    shape = [conds * call.chunk_rows, *call.x.shape[1:]]
+    inputs = {"c_concat": call.c_concat, "c_crossattn": call.c_crossattn, **call.extra}
+    chunks = len(call.uuids)
+    sizes = {name: _size(value, chunks) for name, value in inputs.items()}
+    shapes = {name: [size] * conds for name, size in sizes.items() if size}
+    needed = call.model.memory_required(shape, cond_shapes=shapes)
+    return needed * _HEADROOM < free_memory(call.x.device)
+
+
+def _size(value: Any, chunks: int) -> list[int]:
+    """Return the shape of one cond's part of an input, as the host counts it; empty if it has none.
+
+    Several tensors count as one of as many elements, with the last one's channels.
+    """
+    if torch.is_tensor(value) and value.ndim:
+        return [max(value.shape[0] // chunks, 1), *value.shape[1:]]
+    if not isinstance(value, list | tuple):
+        return []
+    sizes = [size for size in (_size(one, chunks) for one in value) if size]
+    if not sizes:
+        return []
+    channels = sizes[-1][1] if len(sizes[-1]) > 1 else 1
+    return [1, channels, sum(map(math.prod, sizes)) // channels]
+
+
+_TF32 = 2.0**-10
 
 
 def equal_within_rounding(one: Any, other: Any, dtype: torch.dtype) -> bool:
@@ -65,28 +142,25 @@ def equal_within_rounding(one: Any, other: Any, dtype: torch.dtype) -> bool:
             return False
         if a.is_cuda and torch.backends.cudnn.allow_tf32:
             epsilon = max(epsilon, _TF32)
-        a, b = a.double(), b.double()
+        work = torch.promote_types(a.dtype, torch.float32)  # not every device has float64
+        a, b = a.to(work), b.to(work)
         if not (a - b).norm() <= epsilon**0.5 * b.norm():
             return False
     return True
 
 
-class RandomNumbers:
-    """The state of the generators that code of other nodes may draw from."""
+def random_numbers(device: torch.device) -> Callable[[], None]:
+    """Return a function that lets everybody draw the numbers again that would come next."""
+    drawn, by_python = torch.get_rng_state(), random.getstate()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
-    def __init__(self, device: torch.device) -> None:
-        self._restore: list[Callable[[], Any]] = [
-            partial(torch.set_rng_state, torch.get_rng_state()),
-            partial(random.setstate, random.getstate()),
-        ]
-        if device.type == "cuda":
-            state = torch.cuda.get_rng_state(device)
-            self._restore.append(partial(torch.cuda.set_rng_state, state, device))
+    def restore() -> None:
+        torch.set_rng_state(drawn)
+        random.setstate(by_python)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
 
-    def restore(self) -> None:
-        """Let everybody draw the same numbers again."""
-        for restore in self._restore:
-            restore()
+    return restore
 
 
 def is_final(error: Exception) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,20 +11,16 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from ..batch.call import COMPILE_KEY, KEY, Call
-from ..batch.compiled import CAN_RUN_EAGERLY
-from ..batch.control import ControlStandIn
-from ..batch.network_call import NetworkCall, intercepted
+from ..batch.call import Call
+from ..batch.network_call import NetworkCall, are_options, exchanged, intercepted
+from ..batch.rows import PrivateUuid, original_uuid
 from ..batch.trees import joined, map_tensors
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
-from .compat.caches import in_the_same_step
-from .compat.foreign import patches_in
-from .joining import REORDERED, cause_of, is_final
-from .precomputed import Prediction
-from .run import Run
+from .compat import in_the_same_step, patches_in
+from .joining import cause_of, is_final
 from .state import BranchState
-from .step import Step
+from .step import REORDERED, Prediction, Step, inputs_of
 
 Conds = list[dict[str, Any]]
 Args = dict[str, Any]
@@ -39,16 +36,9 @@ class PerturbedPass:
         self.different = different
         """Why nothing of the base pass can be the same; empty if something can."""
         self._beside: set[Hashable] = set()
-        self._stand_ins: dict[int, ControlStandIn] = {}
 
     def evaluate(self, args: Args, side: str, x: torch.Tensor) -> torch.Tensor:
-        """Return the perturbed prediction of one side.
-
-        Args:
-            args: of the host's post-CFG call.
-            side: `cond` or `uncond`.
-            x: the latent.
-        """
+        """Return the perturbed prediction of one side, `cond` or `uncond`, of a latent."""
         # Under the labels that the base pass gave these conds: others go by them.
         labels = self.step.labels
         known = (labels[c["uuid"]] for c in args[side] if c["uuid"] in labels)
@@ -58,9 +48,9 @@ class PerturbedPass:
         for at in {labels[cond["uuid"]] for cond in beside}:
             sides[at] = self._conds([cond for cond in beside if labels[cond["uuid"]] == at])
         sides[label] = self._conds(args[side])
-        options = _evaluation_options(args["model_options"], self.run)
+        options = self.run.met_in(in_the_same_step(args["model_options"]))
         evaluate = options.get("sampler_calc_cond_batch_function")
-        with self.run.during(self):
+        with self.run.during(self), self._sparing_controls(sides):
             if evaluate is None:
                 model, sigma = args["model"], args["sigma"]
                 return comfy.samplers.calc_cond_batch(model, sides, x, sigma, options)[label]
@@ -72,27 +62,39 @@ class PerturbedPass:
         """Run one model call of the perturbed pass."""
         if call.uuids and self._beside.issuperset(call.uuids):
             return call.run()  # not in one call with those that are asked for
-        before = self.state.counts
+        self.state.met = True
         changes_blocks = isinstance(self.state.branch.perturbation, BlockPerturbation)
         compiled = changes_blocks and self.run.is_compiled(call)
         with intercepted(call, partial(self._run, call), compiled=compiled):
-            out = call.run()
-        if self.state.counts == before:
-            self.state.cached += 1
-        return out
+            return call.run()
 
     def _conds(self, conds: Conds) -> Conds:
-        """Return the conds of this pass: their own identities, and stand-ins of ControlNets."""
-        own = []
-        for cond in conds:
-            copy = {**cond, "uuid": self.run.private_uuid(self.state.branch, cond["uuid"])}
-            control = cond.get("control")
-            if control is not None and not self.different:
-                # One stand-in for each: the host batches conds that share one object.
-                stand_in = ControlStandIn(control, self._needs_control)
-                copy["control"] = self._stand_ins.setdefault(id(control), stand_in)
-            own.append(copy)
-        return own
+        """Return conds with identities of their own in this branch's predictions."""
+        return [{**one, "uuid": PrivateUuid(self.state.branch, one["uuid"])} for one in conds]
+
+    @contextmanager
+    def _sparing_controls(self, sides: list[Conds | None]) -> Iterator[None]:
+        """Evaluate ControlNets only where a prediction that they act on is not there already."""
+        found = (cond.get("control") for side in sides for cond in side or ())
+        controls = {id(control): control for control in found if control is not None}
+        with ExitStack() as stack:
+            for control in () if self.different else controls.values():
+                for one in (control, *getattr(control, "multigpu_clones", {}).values()):
+                    stack.enter_context(exchanged(one, "get_control", self._control))
+            yield
+
+    def _control(self, control: NetworkCall) -> Any:
+        """Return what a ControlNet gives; nothing where nothing will be computed with it."""
+        step, x = self.step, control.x
+        options = next(filter(are_options, control.arguments.values()))
+        call = Call(None, x, x, None, None, None, options, {})
+        own = [uuid for uuid in call.uuids if isinstance(uuid, PrivateUuid)]
+        keys = [(uuid.owner, uuid.original, call.window) for uuid in own]
+        kept = [key for key in keys if step.precomputed.holds(key, call.chunk_rows)]
+        if step.is_direct and kept and len(kept) == len(call.uuids):
+            return None
+        self.run.report.controls_evaluated += 1
+        return control.run()
 
     def _mixed_conds(self, args: Args, side: str) -> Conds:
         """Return which conds of the other side have to be evaluated beside those of this one.
@@ -100,8 +102,8 @@ class PerturbedPass:
         Code of other nodes may make rows of other rows of their batch, or count on them. A pass of
         its own then sees the conds that the base prediction's call had, all perturbed.
         """
-        joining, step = self.run.joining, self.step
-        mixes = step.may_mix if joining.mixes is None else joining.mixes
+        run, step = self.run, self.step
+        mixes = step.may_mix if run.mixes is None else run.mixes
         uuids = {cond["uuid"] for cond in args[side]}
         kept = {key[1] for key in step.precomputed.predictions if key[0] is self.state.branch}
         if not mixes or (uuids <= kept and not self.different):
@@ -109,8 +111,7 @@ class PerturbedPass:
         beside = set().union(*(call for call in step.together if call & uuids)) - uuids
         others = args["uncond" if side == "cond" else "cond"] or []
         conds = [cond for cond in others if cond["uuid"] in beside]
-        branch = self.state.branch
-        self._beside.update(self.run.private_uuid(branch, cond["uuid"]) for cond in conds)
+        self._beside.update(PrivateUuid(self.state.branch, cond["uuid"]) for cond in conds)
         return conds
 
     def _run(self, call: Call, inner: NetworkCall) -> Any:
@@ -124,7 +125,7 @@ class PerturbedPass:
             kept = [one for one in found if isinstance(one, Prediction)]
             return joined([map_tensors(torch.clone, one.out) for one in kept])
         if why == REORDERED:
-            self.run.joining.reject(why)
+            self.run.stop_joining(why)
         self.state.whole[why] += 1
         try:
             return self._computed(call, inner)
@@ -142,14 +143,13 @@ class PerturbedPass:
     def _find(self, call: Call, inner: NetworkCall, chunk: int) -> Prediction | str:
         if self.different:
             return self.different
-        key = (self.state.branch, self.run.original_uuid(call.uuids[chunk]), call.window)
-        rows = call.rows(chunk)
-        return self.step.precomputed.find(key, inner, rows, direct=self.step.is_direct)
+        key = (self.state.branch, original_uuid(call.uuids[chunk]), call.window)
+        inputs = inputs_of(inner, call.rows(chunk))
+        return self.step.precomputed.find(key, inputs, direct=self.step.is_direct)
 
     def _computed(self, call: Call, inner: NetworkCall) -> Any:
         """Return the network's output, computed whole."""
         if not isinstance(self.state.branch.perturbation, BlockPerturbation):
-            self.state.calls += 1
             return inner.run()
         rows = inner.rows
         active = self.run.perturbed(self.state, [slice(0, rows)])
@@ -158,28 +158,3 @@ class PerturbedPass:
             out = inner.run()
         self.state.count(active)
         return out
-
-    def _needs_control(self, options: dict[str, Any], x: torch.Tensor) -> bool:
-        """Tell whether a ControlNet has to be evaluated: not where every prediction is there."""
-        step = self.step
-        call = Call(None, x, x, None, None, None, options, {})
-        uuids = [self.run.original_uuid(uuid) for uuid in call.uuids]
-        keys = [(self.state.branch, uuid, call.window) for uuid in uuids]
-        if step.is_direct and all(step.precomputed.holds(key, call.chunk_rows) for key in keys):
-            return False
-        self.run.report.controls_evaluated += 1
-        return True
-
-
-def _evaluation_options(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Return the host's options for a pass of its own, in which the run meets every model call.
-
-    Where torch cannot run compiled networks eagerly, ComfyUI's node does not compile this one:
-    graphs ignore what is changed for one call.
-    """
-    options = in_the_same_step(model_options)
-    wrappers = options["transformer_options"]["wrappers"]
-    left_out = {KEY} if CAN_RUN_EAGERLY else {KEY, COMPILE_KEY}
-    around = {k: fns for k, fns in wrappers.get("apply_model", {}).items() if k not in left_out}
-    wrappers["apply_model"] = {**around, KEY: [run.apply_model]}
-    return options

@@ -1,13 +1,15 @@
-"""What one sampling run did, said in one line when it ends, and what it did not, as warnings."""
+"""What one sampling run did with each branch: the line in the log, and the warnings."""
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable
 from typing import Any
 
+from ..settings.perturbation import BlockPerturbation
 from .state import BranchState
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,28 @@ def _is_repeated(line: str) -> bool:
     repeated = line in _last_said[1]
     _last_said[1].add(line)
     return repeated
+
+
+def _held(state: BranchState) -> str:
+    """Return how often a branch's last difference was held, and how far off it was then."""
+    if not state.held:
+        return ""
+    found = state.holding.agreement()
+    off = "" if found is None else _share(found[0], " (off by {} where it was checked)")
+    return f", {state.held} held{off}"
+
+
+def _effect(state: BranchState) -> str:
+    """Return which cfg the guided predictions are nearest to."""
+    cfg, beside = state.effective_cfg()
+    if math.isnan(cfg):
+        return ""
+    return f", effective cfg {cfg:.3g}" + _share(beside, " ({} of the push is beside cfg)")
+
+
+def _share(share: float, words: str) -> str:
+    """Return words on a share; none if nothing was there to be a share of."""
+    return "" if math.isnan(share) else words.format(f"{share:.0%}")
 
 
 class Report:
@@ -52,6 +76,11 @@ class Report:
             self._began = time.perf_counter()
 
     @property
+    def is_read(self) -> bool:
+        """Tell whether the line of the run is logged at all."""
+        return log.isEnabledFor(logging.INFO)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """Return what was warned of so far."""
         return tuple(self._warned)
@@ -69,12 +98,11 @@ class Report:
 
     def explain_misses(self, state: BranchState) -> None:
         """Warn that no block of a branch could be reached."""
-        name = state.branch.perturbation.name(state.branch.perturbation.targets)
-        self.explain(
-            state,
-            f"block {name} was never reached. Another node answers for the model, runs it in its "
-            "own way, or replaces these blocks",
+        why = (
+            f"block {state.branch.perturbation.where} was never reached. Another node answers for "
+            "the model, runs it in its own way, or replaces these blocks"
         )
+        self.explain(state, why)
 
     def finish(self, states: Iterable[BranchState]) -> None:
         """Say what the run did; the time of its evaluations ends here."""
@@ -94,6 +122,8 @@ class Report:
             f"{self.evaluations} model evaluations guided, {state.joined} in the same model call, "
             f"{state.whole.total()} in extra passes"
             + (f" ({whole})" if whole else "")
+            + _held(state)
+            + _effect(state)
             + f", {self.milliseconds:.0f} ms per evaluation"
         )
 
@@ -108,7 +138,7 @@ class Report:
         perturbs_base = state.branch.side == "free"
         if state.misses and not state.hits:
             self.explain_misses(state)
-        elif state.guided and not state.predictions and not perturbs_base:
+        elif state.guided and not (state.met or state.joined or perturbs_base):
             self.warn_once(
                 f"{state.label} had no effect: its perturbed pass never reached the model. Either "
                 "no conditioning is active there, or another node answers in its place."
@@ -118,11 +148,13 @@ class Report:
 
     def _warn_of_misses(self, state: BranchState) -> None:
         perturbation = state.branch.perturbation
-        hits = {target: state.hits[target] for target in perturbation.targets}
-        missed = [target for target, times in hits.items() if times < state.calls]
+        assert isinstance(perturbation, BlockPerturbation)
+        lacking = state.tries - state.hits
+        missed = [target for target in perturbation.targets if target in lacking]
         if missed:
-            few = min(hits.values())
-            often = "never reached" if few == 0 else f"not reached in {state.calls - few} calls"
+            never = any(target not in state.hits for target in missed)
+            often = f"not reached in {max(lacking.values())} calls"
+            often = "never reached" if never else often
             self.warn_once(
                 f"{state.label}: block {perturbation.name(missed)} was {often}. Another node "
                 "answers from a cache there, runs the model in its own way, or replaces these "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from ....seg_core import BlurMatrices
 from ..batch.active import ActivePerturbation
-from ..batch.call import Call
+from ..batch.call import KEY, Call
 from ..batch.compiled import eager, is_compiled
 from ..networks import adapter_of
 from ..networks.adapter import NetworkAdapter
@@ -19,12 +18,10 @@ from ..probe.recorder import Recorder
 from ..settings.branch import Branch
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
-from .compat.caches import NetworkMemory
-from .joining import Joining
+from .compat import NetworkMemory
+from .holding import Place, Places
 from .report import Report
 from .state import BranchState
-
-Pass = Callable[[Call], torch.Tensor]
 
 
 class Run:
@@ -32,40 +29,57 @@ class Run:
 
     Attributes:
         model_sampling: the host's; it knows noise levels.
-        seed: of the sampler.
         recorder: what a probe records; None without a probe.
-        report: what is said of the run.
-        matrices: blur matrices.
-        joining: whether rows may join the calls of the base prediction.
+        obstacle: why rows no longer join the base predictions; empty while they may.
+        mixes: code of other nodes makes rows of other rows of their batch; None if not measured.
+        proved: code of other nodes beside which a joined call was proved.
         memory: what other nodes' code keeps on the network.
         saliency: attention that the conds' tokens drew, by who asks.
-        step: the evaluation that goes on; None outside of every branch's window.
-        current: what the model calls that are made now belong to.
+        current: the pass that model calls belong to now, of base or perturbed predictions.
+        places: which part of the latent an evaluation is of.
     """
 
     def __init__(
-        self, model_sampling: Any, recorder: Recorder | None = None, seed: int | None = None
+        self,
+        model_sampling: Any,
+        recorder: Recorder | None = None,
+        seed: int | None = None,
+        shape: torch.Size | None = None,
     ) -> None:
         self.model_sampling = model_sampling
         self.seed = seed or 0
         self.recorder = recorder
         self.report = Report()
         self.matrices = BlurMatrices()
-        self.joining = Joining()
+        self.obstacle = ""
+        self.mixes: bool | None = None
+        self.proved = frozenset[Hashable]()
         self.memory = NetworkMemory()
         self.saliency: dict[Hashable, Any] = {}
-        self.step: Any = None
-        self.current: Pass | None = None
+        self.current: Any = None
+        self.places = Places(shape)
         self._states: dict[Branch, BranchState] = {}
         self._networks: list[NetworkAdapter] = []
         self._exchanged: dict[NetworkAdapter, NetworkAdapter] = {}
         self._timestep: tuple[Any, float] = (None, 0.0)
-        self._uuids: dict[tuple[Any, Hashable], Hashable] = {}
-        self._originals: dict[Hashable, Hashable] = {}
+
+    @property
+    def step(self) -> Any:
+        """Return the evaluation that goes on; None outside of every branch's window."""
+        return None if self.current is None else self.current.step
+
+    def stop_joining(self, obstacle: str) -> None:
+        """Let no more rows join in this run, where a joined call was not as the host made it."""
+        self.mixes = True
+        self.obstacle = self.obstacle or obstacle
 
     def state(self, branch: Branch) -> BranchState:
         """Return the state of a branch."""
-        return self._states.setdefault(branch, BranchState(branch))
+        if branch not in self._states:
+            at, window = self.model_sampling.percent_to_sigma, branch.window
+            edges = at(window.start_percent), at(window.end_percent)
+            self._states[branch] = BranchState(branch, edges)
+        return self._states[branch]
 
     def states(self, branches: Iterable[Branch]) -> list[BranchState]:
         """Return the states of some branches, and of all others that were asked for anything."""
@@ -73,7 +87,7 @@ class Run:
         return [self.state(branch) for branch in dict.fromkeys([*branches, *called])]
 
     @contextmanager
-    def during(self, current: Pass) -> Iterator[None]:
+    def during(self, current: Any) -> Iterator[None]:
         """Let model calls belong to a pass."""
         before, self.current = self.current, current
         try:
@@ -97,6 +111,14 @@ class Run:
         call = Call(executor, x, t, c_concat, c_crossattn, control, options, kwargs)
         return call.run() if self.current is None else self.current(call)
 
+    def met_in(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """Return the host's options with which this run meets every model call."""
+        options = model_options["transformer_options"]
+        wrappers = options.get("wrappers", {})
+        around = {k: fns for k, fns in wrappers.get("apply_model", {}).items() if k != KEY}
+        wrappers = {**wrappers, "apply_model": {**around, KEY: [self.apply_model]}}
+        return {**model_options, "transformer_options": {**options, "wrappers": wrappers}}
+
     def network(self, call: Call) -> NetworkAdapter:
         """Return the adapter of the network that runs.
 
@@ -108,10 +130,9 @@ class Run:
             return network
         # ComfyUI's node exchanges blocks for the length of a call: they are other modules there.
         if network not in self._exchanged:
-            exchanged = adapter_of(network.network, call.model)
-            assert exchanged is not None
-            same = exchanged.catalogue == network.catalogue
-            self._exchanged[network] = exchanged if same else network
+            found = adapter_of(network.network, call.model) or network
+            same = found.catalogue == network.catalogue
+            self._exchanged[network] = found if same else network
         return self._exchanged[network]
 
     def network_of(self, model: Any) -> NetworkAdapter:
@@ -140,23 +161,15 @@ class Run:
     def perturbed(self, state: BranchState, rows: Iterable[slice]) -> ActivePerturbation:
         """Return what a branch changes in one model call."""
         branch = state.branch
-        assert isinstance(branch.perturbation, BlockPerturbation)
         probe = None if self.recorder is None else self.recorder.attention_probe(branch)
-        own = _merged(rows)
-        step = self.report.evaluations
-        return ActivePerturbation(branch.perturbation, own, self.matrices, probe, self.seed, step)
+        step, perturbation = self.report.evaluations, self.perturbation(branch)
+        own = tuple(rows)
+        return ActivePerturbation(perturbation, own, self.matrices, probe, self.seed, step)
 
-    def private_uuid(self, owner: Any, original: Hashable) -> Hashable:
-        """Return an owner's own, stable identity of a cond, so that caches tell them apart."""
-        key = (owner, original)
-        if key not in self._uuids:
-            self._uuids[key] = uuid.uuid4()
-            self._originals[self._uuids[key]] = original
-        return self._uuids[key]
-
-    def original_uuid(self, private: Hashable) -> Hashable:
-        """Return the cond identity that a private one stands for."""
-        return self._originals.get(private, private)
+    def perturbation(self, branch: Branch) -> BlockPerturbation:
+        """Return what a branch changes in the evaluation that goes on."""
+        assert isinstance(branch.perturbation, BlockPerturbation)
+        return branch.perturbation.at(self.seed, self.report.evaluations)
 
     def active(self, branches: Iterable[Branch], timestep: torch.Tensor) -> list[BranchState]:
         """Return the branches whose window holds this noise level."""
@@ -164,34 +177,26 @@ class Run:
         if all(state.branch.window.covers_everything for state in known):
             return known
         noise_sigma = self._noise_sigma(timestep)
-        return [s for s in known if s.branch.window.contains(noise_sigma, *self._edges(s))]
+        return [s for s in known if s.branch.window.contains(noise_sigma, *s.edges)]
+
+    def place(
+        self, active: list[BranchState], latent: torch.Tensor, timestep: torch.Tensor
+    ) -> Place | None:
+        """Return the place of an evaluation; None if no branch holds anything."""
+        if all(state.holding.every == 1 for state in active):
+            return None
+        return self.places.of(latent, lambda: self._noise_sigma(timestep))
 
     def clear(self) -> None:
         """Let go of every tensor, however the run ended."""
         self.memory.clear()
+        for state in self._states.values():
+            state.holding.clear()
         self.saliency.clear()
-        self.step = self.current = None
+        self.current = None
 
     def _noise_sigma(self, timestep: torch.Tensor) -> float:
         # Fetched once a step: it may wait for the device.
         if timestep is not self._timestep[0]:
             self._timestep = (timestep, float(timestep.flatten()[0]))
         return self._timestep[1]
-
-    def _edges(self, state: BranchState) -> tuple[float, float]:
-        # Asked of the host once a run: its answer may wait for the device.
-        if state.edges is None:
-            at, window = self.model_sampling.percent_to_sigma, state.branch.window
-            state.edges = (at(window.start_percent), at(window.end_percent))
-        return state.edges
-
-
-def _merged(rows: Iterable[slice]) -> tuple[slice, ...]:
-    """Return the same rows in as few slices as there can be."""
-    merged: list[slice] = []
-    for one in rows:
-        if merged and merged[-1].stop == one.start:
-            merged[-1] = slice(merged[-1].start, one.stop)
-        else:
-            merged.append(one)
-    return tuple(merged)

@@ -42,21 +42,15 @@ def require_picture(model: Any, blur: InputBlur) -> None:
         raise GuidanceError(_NO_PICTURE.format(blur.label))
 
 
-def request(state: BranchState, step: Step, call: Call, again: bool) -> SaliencyRequest:
-    """Ask for the attention of the conds of one call of the base pass.
-
-    Args:
-        state: of the branch that needs it.
-        step: the evaluation.
-        call: the call of the model.
-        again: a cond of it was evaluated before in the same step.
-    """
+def request(state: BranchState, step: Step, call: Call) -> SaliencyRequest:
+    """Ask for the attention that a branch needs of the conds of one call of the base pass."""
     blur = state.branch.perturbation
     assert isinstance(blur, InputBlur)
     assert blur.source is not None
     run, shape = step.run, step.evaluations[0].latent.shape
     wanted = step.wanted(state)
     chunks = [i for i, uuid in enumerate(call.uuids) if uuid in wanted]
+    again = any(sum(uuid in one for one in step.together) > 1 for uuid in call.uuids)
     in_tiles = again and call.x.shape[2:] != shape[2:]
     if chunks and call.window is None and (call.chunk_rows != shape[0] or in_tiles):
         raise GuidanceError(
@@ -89,9 +83,7 @@ def blurred_start(
         raise GuidanceError(_NO_PICTURE.format(blur.label))
     mask: torch.Tensor | float = 1.0
     if blur.source is not None:
-        mass = attention_over_latent(
-            blur, run, args["input"], args["sigma"], conds, args["model_options"]
-        )
+        mass = _attention_over_latent(blur, run, args, conds)
         if mass is None:
             return None
         mask = (mass > blur.threshold).to(mass.dtype)
@@ -99,15 +91,11 @@ def blurred_start(
     return args["input"] + (blurred - prediction), blurred
 
 
-def attention_over_latent(
-    blur: InputBlur,
-    run: Run,
-    x: torch.Tensor,
-    sigma: torch.Tensor,
-    conds: list[dict[str, Any]],
-    model_options: dict[str, Any],
+def _attention_over_latent(
+    blur: InputBlur, run: Run, args: dict[str, Any], conds: list[dict[str, Any]]
 ) -> torch.Tensor | None:
     """Return the attention over the latent, each cond weighed as in the prediction."""
+    x, sigma = args["input"], args["sigma"]
     total = x.new_zeros(x.shape[0], 1, *x.shape[2:])
     weights = torch.full_like(total, 1e-37)
     for cond in conds:
@@ -121,8 +109,8 @@ def attention_over_latent(
                 "answered for the model. It pauses until there is some."
             )
             return None
-        seen = _gathered(parts, placed.mult[:, :1], model_options, sigma)
         weight = placed.mult[:, :1]
+        seen = _gathered(parts, weight, args["model_options"], sigma)
         for whole, part in ((total, seen.to(weight) * weight), (weights, weight)):
             _narrowed(whole, placed.area).add_(part)
     return total / weights

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
-from ....seg_core import Target
+import torch
+
+from ....seg_core import Target, effective_cfg
 from ..batch.active import ActivePerturbation
 from ..settings.branch import Branch
+from .holding import Holding
 
 
 @dataclass(eq=False)
@@ -16,36 +21,44 @@ class BranchState:
     """The state of one branch in one run.
 
     Attributes:
-        branch: its settings.
-        edges: noise levels at which its window begins and ends; None until they are asked for.
+        edges: noise levels at which its window begins and ends.
         wanted: the conds that it asked for in its last step; None before its first.
         seen: it was asked to guide at least once.
+        met: its perturbed pass reached the model; another node may answer for the network there.
         unused: its rows joined a call and nobody asked for them.
         unreachable: its perturbation changes nothing in this run; it costs nothing from there on.
         explained: the person was told why, so that nothing else is said of it.
         misses: evaluations in which none of its blocks was reached, before the first that was.
         guided: evaluations that it guided.
+        held: in how many of them its last difference stood in for a prediction.
+        holding: those differences.
+        effects: the cfg that each guided prediction is nearest to, and the share of the push that
+            no cfg could give.
         joined: perturbed predictions that were made in the call of the base prediction.
         whole: those that took a pass of their own, by reason.
-        cached: those that another node answered without the network, as it did the base prediction.
-        calls: runs of the network in which its perturbation was at work.
+        tries: in how many runs of the network each block was to be changed.
         hits: in how many of them each block was changed.
     """
 
     branch: Branch
-    edges: tuple[float, float] | None = None
+    edges: tuple[float, float]
     wanted: set[Hashable] | None = None
     seen: bool = False
+    met: bool = False
     unused: bool = False
     unreachable: bool = False
     explained: bool = False
     misses: int = 0
     guided: int = 0
+    held: int = 0
+    effects: list[torch.Tensor] = field(default_factory=list)
     joined: int = 0
     whole: Counter[str] = field(default_factory=Counter)
-    cached: int = 0
-    calls: int = 0
+    tries: Counter[Target] = field(default_factory=Counter)
     hits: Counter[Target] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.holding = Holding(self.branch.every)
 
     @property
     def label(self) -> str:
@@ -58,18 +71,33 @@ class BranchState:
         return self.branch.joins and not (self.unused or self.unreachable)
 
     @property
-    def counts(self) -> tuple[int, Counter[str]]:
-        """Return its predictions so far: in the base prediction's calls, and whole, by reason."""
-        return self.joined, Counter(self.whole)
+    def counts(self) -> tuple[int, Counter[str], int]:
+        """Return its predictions so far: in the base prediction's calls, whole by reason, held."""
+        return self.joined, Counter(self.whole), self.held
 
-    @property
-    def predictions(self) -> int:
-        """Return how many perturbed predictions there were so far, in any way."""
-        return self.joined + self.whole.total() + self.cached
+    def figures(self) -> torch.Tensor:
+        """Return the last effect, and how far off a difference was that was held until then."""
+        effect = self.effects[-1]
+        off = effect.new_full((1,), torch.nan) if self.holding.off is None else self.holding.off
+        return torch.cat([effect, off.reshape(1).to(effect)])
+
+    def note_effect(self, args: dict[str, Any], guided: torch.Tensor) -> None:
+        """Note what a guided prediction amounts to; NaN where no cfg is to compare it with."""
+        uncond, cond = args["uncond_denoised"], args["cond_denoised"]
+        if self.branch.side == "free" or args["uncond"] is None or not torch.is_tensor(uncond):
+            uncond = cond
+        self.effects.append(effective_cfg(args["denoised"], guided, cond, uncond))
+
+    def effective_cfg(self) -> tuple[float, float]:
+        """Return the mean effective cfg and share beside it; NaN if there was none."""
+        if not self.effects:
+            return math.nan, math.nan
+        cfg, beside = torch.stack(self.effects).nanmean(dim=0).tolist()
+        return cfg, beside
 
     def count(self, active: ActivePerturbation) -> None:
         """Count one run of the network with its perturbation, and the blocks that it changed."""
-        self.calls += 1
+        self.tries.update(active.perturbation.targets)
         self.hits.update(active.reached)
 
     def reaches(self, patience: int) -> bool:

@@ -2,19 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..batch.call import COMPILE_KEY, KEY, Call
-from .compat.guiders import expected_conds
-from .precomputed import Precomputed
+from ..batch.network_call import NetworkCall
+from ..batch.rows import Join, Key
+from ..batch.trees import tensors_in
+from .compat import expected_conds
+from .holding import Place
 from .run import Run
 from .state import BranchState
 
 Args = dict[str, Any]
+REORDERED = "another node reorders the rows"
+_NOT_INPUTS = {"transformer_options", "control"}
+
+
+def inputs_of(call: NetworkCall, rows: slice) -> list[torch.Tensor]:
+    """Return what a network is given for some rows of its batch; the latent comes first."""
+    inputs = {n: v for n, v in call.arguments.items() if n not in _NOT_INPUTS}
+    return [t[rows] if t.ndim and len(t) == call.rows else t for t in tensors_in(inputs)]
+
+
+@dataclass
+class Prediction:
+    """One cond's rows of the network's output, and of what it was computed from."""
+
+    out: Any
+    inputs: list[torch.Tensor]
+
+    def fits(self, inputs: list[torch.Tensor]) -> bool:
+        """Tell whether it was computed from a latent of the same shape, on the same device."""
+        mine, theirs = self.inputs[0], inputs[0]
+        return mine.shape == theirs.shape and mine.device == theirs.device
+
+    def is_of(self, inputs: list[torch.Tensor]) -> bool:
+        """Tell whether it was computed from the same values, at the cost of a wait."""
+        if [t.shape for t in self.inputs] != [t.shape for t in inputs]:
+            return False
+        equal = [(a == b).all() for a, b in zip(self.inputs, inputs, strict=True)]
+        return bool(torch.stack(equal).all())
+
+
+class Precomputed:
+    """The perturbed predictions that are kept in one step, and why others are not."""
+
+    def __init__(self) -> None:
+        self.predictions: dict[Key, list[Prediction]] = {}
+        self._reasons: dict[Key, str] = {}
+
+    def keep(self, key: Key, prediction: Prediction) -> None:
+        """Keep a prediction until it is asked for."""
+        self.predictions.setdefault(key, []).append(prediction)
+
+    def take(self, key: Key) -> list[Prediction]:
+        """Return what is kept under a key, and keep it no longer."""
+        return self.predictions.pop(key, [])
+
+    def explain(self, joins: Iterable[Join], why: str) -> None:
+        """Note why there are no predictions of some rows, where there are none."""
+        for join in joins:
+            if join.key not in self.predictions:
+                self._reasons.setdefault(join.key, why)
+
+    def holds(self, key: Key, rows: int) -> bool:
+        """Tell whether there is one prediction for a cond of so many rows, and no more."""
+        known = self.predictions.get(key, [])
+        return len(known) == 1 and len(known[0].inputs[0]) == rows
+
+    def find(self, key: Key, inputs: list[torch.Tensor], *, direct: bool) -> Prediction | str:
+        """Return the prediction for some rows of another call, or why there is none.
+
+        Values are compared unless nothing stands between the host's batch and the network that may
+        reorder rows (`direct`).
+        """
+        known = self.predictions.get(key)
+        if not known:
+            return self._reasons.get(key, "its prompt was not evaluated")
+        fitting = [one for one in known if one.fits(inputs)]
+        if not fitting:
+            return "the latent has another shape or device"
+        if direct and len(known) == 1:
+            return fitting[0]
+        same = [one for one in fitting if one.is_of(inputs)]
+        if not same:
+            return REORDERED
+        return same[0] if len(same) == 1 else "another node evaluated the prompt in several ways"
+
+    def clear(self) -> None:
+        """Let go of every tensor."""
+        self.predictions.clear()
 
 
 @dataclass(eq=False)
@@ -36,10 +117,9 @@ class Step:
     """One evaluation of the guided model, or several where other nodes look ahead in it.
 
     Attributes:
-        run: the sampling call.
-        active: the branches whose window holds its noise level.
+        active: the branches whose window holds its noise level, and that hold no difference in it.
+        place: the part of the latent that it is of; None if no branch holds anything.
         evaluations: of the base predictions; rows join those of the first.
-        precomputed: perturbed predictions that were made with them.
         labels: the side that the base pass took each cond for.
         together: the conds of each of its calls.
         asked: the branches that asked for their prediction.
@@ -61,9 +141,11 @@ class Step:
         latent: torch.Tensor,
         model_options: dict[str, Any],
         guider: Any = None,
+        place: Place | None = None,
     ) -> None:
         self.run = run
-        self.active = active
+        self.place = place
+        self.active = [state for state in active if not self.holds(state)]
         self.evaluations = [Evaluation(latent, latent.clone(), {})]
         self.precomputed = Precomputed()
         self.labels: dict[Hashable, int] = {}
@@ -79,6 +161,10 @@ class Step:
         others = set(wrappers.get("apply_model", {})) - {KEY, COMPILE_KEY}
         self.is_direct = "model_function_wrapper" not in model_options and not others
         self.may_mix = not self.is_direct
+
+    def holds(self, state: BranchState) -> bool:
+        """Tell whether a branch's last difference stands in for a prediction."""
+        return self.place is not None and state.holding.stands_in(self.place)
 
     def note(self, call: Call, *, mixes: bool) -> None:
         """Note the conds of one call of the base pass, and whether other nodes may mix its rows."""

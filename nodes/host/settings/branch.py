@@ -12,6 +12,8 @@ from .perturbation import BlockPerturbation, Perturbation
 Side = Literal["conditional", "unconditional", "free"]
 RescaleMode = Literal["full", "partial", "snf"]
 
+MOST_HELD = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:
@@ -19,9 +21,10 @@ class Branch:
 
     $$\text{guided} = \text{denoised} + s\,(\text{prediction} - \text{perturbed})$$
 
-    with `denoised` whatever the graph made of the ordinary predictions. Instances are immutable
-    and hold neither tensors nor networks, so clones of a model may share them, also between
-    threads, and a deep copy of a model's options is small.
+    with `denoised` whatever the graph made of the ordinary predictions. The difference is computed
+    in every n-th evaluation, `every`, and held between them. Instances are immutable and hold
+    neither tensors nor networks, so clones of a model may share them, also between threads, and a
+    deep copy of a model's options is small.
     """
 
     perturbation: Perturbation
@@ -31,30 +34,36 @@ class Branch:
     rescale: float = 0.0
     rescale_mode: RescaleMode = "full"
     reuse: bool = True
+    every: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"scale must be a number of at least 0, got {self.scale}")
-        if self.side not in get_args(Side):
-            raise ValueError(
-                f"branch must be one of {', '.join(get_args(Side))}, got {self.side!r}"
-            )
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be between 0 and 1, got {self.rescale}")
-        if self.rescale_mode not in get_args(RescaleMode):
+        if not (isinstance(self.every, int) and 1 <= self.every <= MOST_HELD):
             raise ValueError(
-                f"rescale_mode must be one of {', '.join(get_args(RescaleMode))}, "
-                f"got {self.rescale_mode!r}"
+                f"every must be a whole number from 1 to {MOST_HELD}, got {self.every}"
             )
+        for name, value, known in (
+            ("branch", self.side, get_args(Side)),
+            ("rescale_mode", self.rescale_mode, get_args(RescaleMode)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     @property
     def joins(self) -> bool:
         """True if its prediction may be made in the same call as the base prediction."""
-        return (
-            self.reuse and self.side != "free" and isinstance(self.perturbation, BlockPerturbation)
-        )
+        of_blocks = isinstance(self.perturbation, BlockPerturbation)
+        return of_blocks and self.reuse and self.side != "free"
 
     @property
     def needs_saliency(self) -> bool:
         """True if the attention of the base prediction has to be measured for it."""
         return getattr(self.perturbation, "source", None) is not None
+
+    @property
+    def acts_in_base(self) -> bool:
+        """True if it measures or perturbs the base prediction itself."""
+        return self.side == "free" or self.needs_saliency

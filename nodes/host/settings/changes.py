@@ -1,91 +1,78 @@
 """What may happen to chosen blocks of a network, whatever network they belong to.
 
-Each kind is one place where a perturbation can act; what it does there is handed in, as a function
-of tensors. A network's view knows the places, and nothing of what is done there.
+Each kind is one place where a perturbation can act. A network's adapter knows the places, and
+nothing of what is done there.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
-from ....seg_core import BlurMatrices, TokenGrid
+from ....seg_core import BlurMatrices, TokenGrid, blur_queries, blur_slopes, mean_queries
 
-
-class Smooth(Protocol):
-    """A smoothing of tokens over their grid."""
-
-    @property
-    def axes(self) -> str:
-        """``"space"``, ``"time"`` or ``"space and time"``."""
-        ...
-
-    @property
-    def collapses(self) -> bool:
-        """True if the smoothed tokens are all equal along its axes, so that one stands for all."""
-        ...
-
-    def __call__(
-        self, tokens: torch.Tensor, grid: TokenGrid, matrices: BlurMatrices, one_query: bool
-    ) -> torch.Tensor:
-        """Return the smoothed tokens; with `one_query`, the ones that stand for the others."""
-        ...
-
-    def slopes(self, grid: TokenGrid) -> torch.Tensor:
-        """Return how much of the curvature at each token the smoothing lets through."""
-        ...
-
-
-class Mix(Protocol):
-    """What attention gives, made of what it gave and the tokens' own values."""
-
-    @property
-    def needs_map(self) -> bool:
-        """True if anything of the attention map is left."""
-        ...
-
-    def __call__(self, out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return the output; without a map, `out` is anything of its shape."""
-        ...
-
-
-class Rearrange(Protocol):
-    """Other tokens in the place of those that enter a layer."""
-
-    def __call__(self, tokens: torch.Tensor, seed: int, step: int, layer: int) -> torch.Tensor:
-        """Return as many tokens, `(sequences, tokens, dim)`; the same for the same numbers."""
-        ...
-
-
-Auto = Literal["attention", "tokens", "skip"]
+Rearrange = Callable[[torch.Tensor, int, int, int], torch.Tensor]
+"""Is given the tokens that enter a layer, `(sequences, tokens, dim)`, and the run's seed, the step
+and the layer; returns as many tokens, the same for the same numbers."""
+Auto = Literal["attention", "tokens", "swap", "skip"]
 """For which kind of change a network is asked what `auto` means."""
 
 
 @dataclass(frozen=True, eq=False)
 class SmoothQueries:
-    """Queries are smoothed over the grid of their tokens; keys and values stay."""
+    """Queries are blurred over the grid of their tokens; keys and values stay.
 
-    smooth: Smooth
+    Attributes:
+        sigma: blur width in token cells; ``math.inf`` gives every token the mean query.
+        kernel: ``"reference"`` or ``"full"``.
+        axes: ``"space"``, ``"time"`` or ``"space and time"``.
+        strength: how far the output is drawn to that of the blurred queries, above 0 and up to 1.
+    """
+
+    sigma: float
+    kernel: str
+    axes: str = "space"
+    strength: float = 1.0
     takes_heads = True
     auto: Auto = "attention"
 
     @property
     def one_query(self) -> bool:
         """True if one query stands for all along the axes."""
-        return self.smooth.collapses
+        return math.isinf(self.sigma)
 
-    def acts_over(self, axis: str) -> bool:
-        """Tell whether it smooths over ``"space"``, or ``"time"``."""
-        return axis in self.smooth.axes
+    def mean(self, tokens: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+        """Return the queries that stand for the others where the blur is infinite."""
+        return mean_queries(tokens, grid, axes=self.axes)
+
+    def __call__(
+        self, tokens: torch.Tensor, grid: TokenGrid, matrices: BlurMatrices
+    ) -> torch.Tensor:
+        """Return the blurred queries."""
+        return blur_queries(
+            tokens, grid, self.sigma, kernel=self.kernel, matrices=matrices, axes=self.axes
+        )
+
+    def slopes(self, grid: TokenGrid) -> torch.Tensor:
+        """Return how much of the energy's curvature at each token the blur lets through."""
+        return blur_slopes(grid, self.sigma, kernel=self.kernel, axes=self.axes)
 
 
 @dataclass(frozen=True, eq=False)
 class ChangeOutput:
-    """The output of self-attention is another, token by token."""
+    """The output of self-attention is another, token by token.
 
-    mix: Mix
+    Attributes:
+        mix: is given the output and the tokens' own values, and returns the other output.
+        needs_map: anything of the attention map is left; if not, `mix` may be given any output.
+    """
+
+    mix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    needs_map: bool
     takes_heads: bool = True
     auto: Auto = "attention"
 
@@ -95,8 +82,8 @@ class ChangeTokens:
     """Other tokens enter a block, frame by frame; those of text and references stay."""
 
     rearrange: Rearrange
-    takes_heads = False
     auto: Auto = "tokens"
+    takes_heads = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ....seg_core import Block, Target, describe_targets
-from .changes import Change, Smooth, SmoothQueries
+from ....seg_core import Block, Target, describe_targets, draw_blocks
+from .changes import Change, SmoothQueries
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +25,19 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class BlockPerturbation:
-    """A change in chosen blocks."""
+    """A change in chosen blocks.
+
+    Attributes:
+        label: whose guidance this is, in messages.
+        selection: the blocks.
+        change: what happens to them.
+        drawn: how many of the blocks are drawn in each evaluation of the model; 0 for all.
+    """
 
     label: str
     selection: Selection
     change: Change
+    drawn: int = 0
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -43,12 +51,26 @@ class BlockPerturbation:
     @property
     def where(self) -> str:
         """Return what it acts on, for the log."""
-        return self.name(self.targets)
+        names = self.name(self.targets)
+        return f"{self.drawn} random of {names}" if self.drawn else names
 
     @property
-    def smooth(self) -> Smooth | None:
+    def smooth(self) -> SmoothQueries | None:
         """Return the smoothing of queries; None if it does something else."""
-        return self.change.smooth if isinstance(self.change, SmoothQueries) else None
+        return self.change if isinstance(self.change, SmoothQueries) else None
+
+    def at(self, seed: int, step: int) -> BlockPerturbation:
+        """Return what is changed in one evaluation of the model.
+
+        Args:
+            seed: of the sampler.
+            step: number of the evaluation.
+        """
+        if not self.drawn:
+            return self
+        numbers = draw_blocks(len(self.targets), self.drawn, seed, step)
+        targets = tuple(self.targets[number] for number in numbers)
+        return replace(self, selection=replace(self.selection, targets=targets), drawn=0)
 
     def name(self, targets: Iterable[Target]) -> str:
         """Return some of its blocks in the selector language."""
@@ -74,7 +96,7 @@ class InputBlur:
     threshold: float
 
     targets: tuple[Target, ...] = ()
-    smooth: Smooth | None = None
+    smooth: SmoothQueries | None = None
 
     @property
     def where(self) -> str:
@@ -82,11 +104,6 @@ class InputBlur:
         if self.source is None:
             return "everywhere"
         return f"where {self.source.name(self.source.targets)} attends"
-
-    def name(self, targets: Iterable[Target]) -> str:
-        """Return nothing: no block is changed."""
-        del targets
-        return ""
 
 
 Perturbation = BlockPerturbation | InputBlur

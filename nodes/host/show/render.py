@@ -16,18 +16,7 @@ SCHEDULERS = comfy.samplers.KSampler.SCHEDULERS
 
 
 def sampled(
-    model: Any,
-    callback: Callable[..., None],
-    *,
-    positive: Any,
-    negative: Any,
-    latent: dict[str, Any],
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    denoise: float = 1.0,
+    model: Any, callback: Callable[..., None], *, latent: dict[str, Any], seed: int, **widgets: Any
 ) -> torch.Tensor:
     """Return the latents that a model samples, given the widgets of the host's KSampler.
 
@@ -38,22 +27,15 @@ def sampled(
     ratios = ("downscale_ratio_spacial", "downscale_ratio_temporal")
     given = [latent[name] for name in ratios if latent.get(name) is not None]
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *given)
-    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
     return comfy.sample.sample(
         model,
-        noise,
-        steps,
-        cfg,
-        sampler_name,
-        scheduler,
-        positive,
-        negative,
-        image,
-        denoise=denoise,
+        comfy.sample.prepare_noise(image, seed, latent.get("batch_index")),
+        latent_image=image,
         noise_mask=latent.get("noise_mask"),
         callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
+        **widgets,
     )
 
 

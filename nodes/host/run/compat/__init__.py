@@ -1,1 +1,0 @@
-"""What is done for the kinds of other nodes' code; each is a row of docs/neighbours.md."""
