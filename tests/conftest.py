@@ -20,7 +20,8 @@ NEEDS_COMFYUI = ("host", "server", "browser")
 def _order_import_path() -> None:
     """Put the repository last: in front, its `nodes/` would shadow ComfyUI's `nodes.py`."""
     others = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    sys.path[:] = [*others, str(ROOT), str(ROOT / "tests")]  # `choice` lies in the latter
+    ours = (ROOT, ROOT / "tests", ROOT / "tests" / "unit")  # for `choice`, and for `oracles`
+    sys.path[:] = [*others, *map(str, ours)]
 
 
 def _leave_in_order_when_terminated() -> None:
@@ -48,18 +49,6 @@ def load_pack(folder: Path, name: str) -> ModuleType:
 
 if PACKAGE not in sys.modules:
     load_pack(ROOT, PACKAGE)
-
-
-@pytest.fixture(scope="session")
-def pack() -> ModuleType:
-    """The node pack; reach its parts with `importlib.import_module(pack.__name__ + ".nodes")`."""
-    return sys.modules[PACKAGE]
-
-
-@pytest.fixture(scope="session")
-def root() -> Path:
-    """The checkout."""
-    return ROOT
 
 
 class _Skipped(pytest.Item):

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models as supported
+import dit_networks as nets
 import dit_variants as more
 import torch
+from comfy.ldm.lightricks.model import LTXVModel
 from comfy.nested_tensor import NestedTensor
-from dit_networks import (
-    AURA,
-    BOOGU,
-    CHROMA,
-    COG,
-    COSMOS,
-    COSMOS_1,
-    FLUX,
-    FLUX2,
-    HIDREAM,
-    HUNYUAN,
-    HUNYUAN_IMAGE,
-    IDEOGRAM,
-    JOY,
-    KANDINSKY,
-    KREA,
-    LENS,
-    LTXV,
-    LUMINA,
-    MAGE,
-    MOCHI,
-    OMNIGEN,
-    PIXELDIT,
-    QWEN,
-    RADIANCE,
-    SD3,
-    WAN,
-    Z_IMAGE,
-)
 from host_models import noise_like, randomise, sample
 
 
@@ -80,11 +53,6 @@ class Tiny:
             object.__setattr__(self, "frames", self.video)
 
 
-def _all_tokens(shape):
-    del shape
-    return torch.ones(1, 7, dtype=torch.long)
-
-
 def _references(shape):
     """Two reference images, neither of them of the image's size."""
     cells = [n * 2 for n in shape[-2:]]
@@ -115,77 +83,80 @@ def _llama(shape):
 
 
 TINY = {
-    "flux": Tiny("Flux", FLUX, refs=REFS),
-    "flux2": Tiny("Flux2", FLUX2, channels=128, unit=1, refs=REFS),
-    "longcat": Tiny("LongCatImage", FLUX | more.LONGCAT, refs=REFS),
-    "chroma": Tiny("Chroma", CHROMA),
-    "radiance": Tiny("ChromaRadiance", RADIANCE, channels=3, unit=16),
-    "sd3": Tiny("SD3", SD3),
-    "aura": Tiny("AuraFlow", AURA, channels=4),
-    "qwen": Tiny("QwenImage", QWEN, video=True, refs=REFS),
-    "qwen_no_noise": Tiny("QwenImage", QWEN | more.NO_NOISE, video=True, refs=REFS),
-    "mage": Tiny("MageFlow", MAGE, channels=128, unit=1, refs=REFS),
-    "lumina2": Tiny("Lumina2", LUMINA),
-    "zimage": Tiny("ZImage", Z_IMAGE),
-    "zimage_omni": Tiny("ZImage", Z_IMAGE | more.OMNI, odd=False,
+    "flux": Tiny("Flux", nets.FLUX, refs=REFS),
+    "flux2": Tiny("Flux2", nets.FLUX2, channels=128, unit=1, refs=REFS),
+    "longcat": Tiny("LongCatImage", nets.FLUX | more.LONGCAT, refs=REFS),
+    "chroma": Tiny("Chroma", nets.CHROMA),
+    "radiance": Tiny("ChromaRadiance", nets.RADIANCE, channels=3, unit=16),
+    "sd3": Tiny("SD3", nets.SD3),
+    "aura": Tiny("AuraFlow", nets.AURA, channels=4),
+    "qwen": Tiny("QwenImage", nets.QWEN, video=True, refs=REFS),
+    "qwen_no_noise": Tiny("QwenImage", nets.QWEN | more.NO_NOISE, video=True, refs=REFS),
+    "mage": Tiny("MageFlow", nets.MAGE, channels=128, unit=1, refs=REFS),
+    "lumina2": Tiny("Lumina2", nets.LUMINA),
+    "zimage": Tiny("ZImage", nets.Z_IMAGE),
+    "zimage_omni": Tiny("ZImage", nets.Z_IMAGE | more.OMNI, odd=False,
                         refs=REFS | {"reference_latents_text_embeds": more.captions,
                                      "clip_vision_outputs": more.seen}),
-    "hunyuan_video": Tiny("HunyuanVideo", HUNYUAN, video=True, odd=False,
+    "hunyuan_video": Tiny("HunyuanVideo", nets.HUNYUAN, video=True, odd=False,
                           refs={"ref_latent": lambda shape: _one_frame(shape)[0]}),
-    "hunyuan_image": Tiny("HunyuanImage21", HUNYUAN_IMAGE, channels=64, unit=1),
-    "wan": Tiny("WAN21_T2V", WAN, video=True),
-    "wan_ref": Tiny("WAN21_FunControl2V", WAN | {"in_dim_ref_conv": 16}, video=True,
+    "hunyuan_image": Tiny("HunyuanImage21", nets.HUNYUAN_IMAGE, channels=64, unit=1),
+    "wan": Tiny("WAN21_T2V", nets.WAN, video=True),
+    "wan_ref": Tiny("WAN21_FunControl2V", nets.WAN | {"in_dim_ref_conv": 16}, video=True,
                     refs={"reference_latents": _one_frame}),
-    "wan_vace": Tiny("WAN21_Vace", WAN | {"model_type": "vace", "vace_layers": 2,
+    "wan_vace": Tiny("WAN21_Vace", nets.WAN | {"model_type": "vace", "vace_layers": 2,
                                           "vace_in_dim": 96}, video=True, odd=False),
-    "wan_camera": Tiny("WAN21_Camera", WAN | {"model_type": "camera"}, video=True),
-    "wan_scail": Tiny("WAN21_SCAIL", WAN | {"in_dim": 20}, video=True,
+    "wan_camera": Tiny("WAN21_Camera", nets.WAN | {"model_type": "camera"}, video=True),
+    "wan_scail": Tiny("WAN21_SCAIL", nets.WAN | {"in_dim": 20}, video=True,
                       refs={"reference_latents": _one_frame}),
-    "wan_scail2": Tiny("WAN21_SCAIL2", WAN | {"in_dim": 20}, video=True, odd=False,
+    "wan_scail2": Tiny("WAN21_SCAIL2", nets.WAN | {"in_dim": 20}, video=True, odd=False,
                        cond={"pose_video_latent": more.pose_of_scail,
                              "driving_mask_28ch": more.identities},
                        refs={"reference_latents": _one_frame,
                              "ref_mask_28ch": lambda shape: more.identities(shape, 1)}),
-    "wan_humo": Tiny("WAN21_HuMo", WAN | more.WAN_HUMO, video=True, refs=FRAME,
+    "wan_humo": Tiny("WAN21_HuMo", nets.WAN | more.WAN_HUMO, video=True, refs=FRAME,
                      cond={"audio_embed": more.speech}),
-    "wan_s2v": Tiny("WAN22_S2V", WAN | more.WAN_S2V, video=True, cond={"audio_embed": more.voice},
+    "wan_s2v": Tiny("WAN22_S2V", nets.WAN | more.WAN_S2V, video=True,
+                    cond={"audio_embed": more.voice},
                     refs=FRAME | {"reference_motion": more.motion}),
-    "wan_animate": Tiny("WAN22_Animate", WAN | more.WAN_ANIMATE, video=True,
+    "wan_animate": Tiny("WAN22_Animate", nets.WAN | more.WAN_ANIMATE, video=True,
                         cond={"pose_video_latent": more.pose, "face_video_pixels": more.face}),
-    "wan_dancer": Tiny("WAN22_WanDancer", WAN | more.WAN_DANCER, video=True),
-    "wan_bernini": Tiny("WAN21_T2V", WAN, video=True, refs={"context_latents": more.streams}),
+    "wan_dancer": Tiny("WAN22_WanDancer", nets.WAN | more.WAN_DANCER, video=True),
+    "wan_bernini": Tiny("WAN21_T2V", nets.WAN, video=True, refs={"context_latents": more.streams}),
     "ltx2": Tiny("LTXAV", more.LTX_2, channels=128, video=True, unit=1, text=48, sound=5),
     "ltx2_silent": Tiny("LTXAV", more.LTX_2_3, channels=128, video=True, unit=1, text=48),
-    "ltxv": Tiny("LTXV", LTXV, channels=128, video=True, unit=1,
-                 cond={"attention_mask": _all_tokens}),
-    "cosmos2": Tiny("CosmosT2IPredict2", COSMOS, video=True),
-    "anima": Tiny("Anima", COSMOS, video=True),
-    "cosmos1": Tiny("CosmosT2V", COSMOS_1, video=True, odd=False),
-    "kandinsky5": Tiny("Kandinsky5", KANDINSKY, video=True, odd=False),
-    "krea2": Tiny("Krea2", KREA, video=True, frames=False, refs=REFS),
-    "krea2_no_noise": Tiny("Krea2", KREA | more.NO_NOISE, video=True, frames=False, refs=REFS),
-    "lens": Tiny("Lens", LENS, channels=128, unit=1),
-    "joyimage": Tiny("JoyImage", JOY, video=True, refs=REFS),
-    "hidream": Tiny("HiDream", HIDREAM, cond={"conditioning_llama3": _llama},
+    "ltxv": Tiny("LTXV", nets.LTXV, channels=128, video=True, unit=1,
+                 cond={"attention_mask": more.all_tokens}),
+    "cosmos2": Tiny("CosmosT2IPredict2", nets.COSMOS, video=True),
+    "anima": Tiny("Anima", nets.COSMOS, video=True),
+    "cosmos1": Tiny("CosmosT2V", nets.COSMOS_1, video=True, odd=False),
+    "kandinsky5": Tiny("Kandinsky5", nets.KANDINSKY, video=True, odd=False),
+    "krea2": Tiny("Krea2", nets.KREA, video=True, frames=False, refs=REFS),
+    "krea2_no_noise": Tiny("Krea2", nets.KREA | more.NO_NOISE, video=True, frames=False, refs=REFS),
+    "lens": Tiny("Lens", nets.LENS, channels=128, unit=1),
+    "joyimage": Tiny("JoyImage", nets.JOY, video=True, refs=REFS),
+    "hidream": Tiny("HiDream", nets.HIDREAM, cond={"conditioning_llama3": _llama},
                     refs={"concat_latent_image": _beside}),
     "hidream_o1": Tiny("HiDreamO1", more.HIDREAM_O1, channels=3, unit=32, odd=False,
                        cond={"text_input_ids": more.text_ids},
                        refs={"reference_latents": more.picture}),
-    "omnigen2": Tiny("Omnigen2", OMNIGEN, cond={"attention_mask": _all_tokens}, refs=REFS),
-    "boogu": Tiny("Boogu", BOOGU, cond={"attention_mask": _all_tokens}, refs=REFS),
-    "cogvideox": Tiny("CogVideoX_T2V", COG, video=True),
-    "ideogram4": Tiny("Ideogram4", IDEOGRAM, channels=128, unit=1),
-    "pixeldit": Tiny("PixelDiTT2I", PIXELDIT, channels=3, unit=16),
-    "pid": Tiny("PiD", PIXELDIT | more.PID, channels=3, unit=16,
+    "omnigen2": Tiny("Omnigen2", nets.OMNIGEN, cond={"attention_mask": more.all_tokens}, refs=REFS),
+    "boogu": Tiny("Boogu", nets.BOOGU, cond={"attention_mask": more.all_tokens}, refs=REFS),
+    "cogvideox": Tiny("CogVideoX_T2V", nets.COG, video=True),
+    "ideogram4": Tiny("Ideogram4", nets.IDEOGRAM, channels=128, unit=1),
+    "pixeldit": Tiny("PixelDiTT2I", nets.PIXELDIT, channels=3, unit=16),
+    "pid": Tiny("PiD", nets.PIXELDIT | more.PID, channels=3, unit=16,
                 cond={"lq_latent": more.low_quality, "degrade_sigma": torch.tensor([0.3])}),
-    "mochi": Tiny("GenmoMochi", MOCHI, channels=12, video=True, odd=False,
-                  cond={"attention_mask": _all_tokens}),
+    "mochi": Tiny("GenmoMochi", nets.MOCHI, channels=12, video=True, odd=False,
+                  cond={"attention_mask": more.all_tokens}),
 }  # fmt: skip
-
+if hasattr(LTXVModel, "keyframes_abs_pos_mask"):  # newer than the pinned versions
+    TINY["ltx2_keyframes"] = replace(TINY["ltx2_silent"], network=more.LTX_2_4)
 
 # They share a network's class with another kind: a few tests of each are enough.
 VARIANTS = {
     "anima", "longcat", "qwen_no_noise", "krea2_no_noise", "zimage_omni", "pid", "ltx2_silent",
+    "ltx2_keyframes",
     "wan_scail2", "wan_humo", "wan_s2v", "wan_animate", "wan_dancer", "wan_bernini",
 }  # fmt: skip
 
@@ -197,17 +168,6 @@ def available(kind):
 
 ALL = [kind for kind in TINY if available(kind) and kind != "anima"]  # slow; as cosmos2
 KINDS = [kind for kind in ALL if kind not in VARIANTS]
-
-
-@torch.no_grad()
-def sharpen(network):
-    """Let queries and keys be of unit size, so that attention maps are far from flat."""
-    for name, weight in network.named_parameters():
-        if weight.ndim == 1 and name.endswith((".weight", ".scale")):
-            weight.add_(1.0 - weight.mean().round())
-    for name, table in network.named_buffers():
-        if name == "pos_embed":  # not initialised by the host
-            table.copy_(noise_like(table.shape, 3))
 
 
 def tiny_dit(kind, *, seed=0, dtype=torch.float32, **changes):
@@ -226,7 +186,7 @@ def tiny_dit(kind, *, seed=0, dtype=torch.float32, **changes):
             module.float()  # as the host calls it
     more.shrink(model.diffusion_model)
     randomise(model.diffusion_model, seed)
-    sharpen(model.diffusion_model)
+    more.sharpen(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),

@@ -1,18 +1,19 @@
-"""The family of perturbations the slow way: hooks of the tests' own around a whole extra pass.
+"""The other perturbations the slow way: hooks of the tests' own, and blurred latents.
 
-Independent of the code under test: blocks are known by their modules, what goes through them by
-the shapes of tensors, and the guidance is a post-CFG function of its own.
+Independent of the code under test: blocks are known by their modules, and what goes through them
+by the shapes of tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 
 import comfy.samplers
 import torch
 from host_models import PACK
+from host_oracle import attention_logits, masked
+from unit.oracles import blur_matrix
 
 NODES = {
     "SEG": ("seg", "SEGuidance"),
@@ -20,6 +21,7 @@ NODES = {
     "SAG": ("sag", "SEGuidanceSAG"),
     "TPG": ("tpg", "SEGuidanceTPG"),
     "SLG": ("slg", "SEGuidanceSLG"),
+    "SSG": ("ssg", "SEGuidanceSSG"),
 }
 
 
@@ -32,34 +34,6 @@ def guide(method, model, scale=1.0, start=0.0, end=1.0, **widgets):
     if method == "SAG":
         widgets = {"blur_sigma": 2.0} | {k: v for k, v in widgets.items() if k != "reuse"}
     return node.execute(model, scale=scale, start_percent=start, end_percent=end, **widgets)[0]
-
-
-def guided_by_hand(model, worse, scale=1.0, side="cond"):
-    """Return a model guided away from predictions under `worse(step)`, a context of hooks.
-
-    Args:
-        model: the model to guide.
-        worse: takes the number of the step, from 1.
-        scale: guidance weight.
-        side: `"cond"`, `"uncond"`, or `"free"`, in which the uncond prediction is the worse one.
-    """
-    steps = []
-
-    def guide(args):
-        steps.append(None)
-        options = args["model_options"].copy()
-        conds = args["uncond" if side == "free" else side]
-        with worse(len(steps)):
-            (bad,) = comfy.samplers.calc_cond_batch(
-                args["model"], [conds], args["input"], args["sigma"], options
-            )
-        if side == "free":
-            return bad + (args["cond_scale"] + scale) * (args["cond_denoised"] - bad)
-        return args["denoised"] + scale * (args[side + "_denoised"] - bad)
-
-    guided = model.clone()
-    guided.set_model_sampler_post_cfg_function(guide)
-    return guided
 
 
 def tensors(value):
@@ -100,36 +74,33 @@ def skipped(modules):
 
 
 @contextlib.contextmanager
-def permuted(modules, matrices):
-    """Multiply the tokens that enter each module by a permutation matrix of its own.
+def entered_by(modules, changes):
+    """Let other tokens enter each module.
 
     Args:
         modules: the modules.
-        matrices: for each, a function of the argument's tokens that returns the whole matrix,
-            or None for tensors that are not the image's.
+        changes: for each, a function of an argument's tokens that returns others, or None for
+            tensors that are not the image's.
     """
 
-    def hook(matrix):
+    def hook(change):
         def before(_module, args, kwargs):
-            def shuffled(value):
+            def changed(value):
                 if isinstance(value, tuple):  # pictures and sound
-                    return tuple(map(shuffled, value))
+                    return tuple(map(changed, value))
                 if not torch.is_tensor(value) or value.ndim < 3:
                     return value
-                tokens = value.flatten(1, -2)
-                whole = matrix(tokens)
-                if whole is None:
-                    return value
-                return torch.einsum("ij,bjc->bic", whole.to(tokens), tokens).reshape(value.shape)
+                others = change(value.flatten(1, -2))
+                return value if others is None else others.reshape(value.shape)
 
-            named = {k: shuffled(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
-            return tuple(map(shuffled, args)), named
+            named = {k: changed(v) if torch.is_tensor(v) else v for k, v in kwargs.items()}
+            return tuple(map(changed, args)), named
 
         return before
 
     handles = [
-        module.register_forward_pre_hook(hook(matrix), with_kwargs=True)
-        for module, matrix in zip(modules, matrices, strict=True)
+        module.register_forward_pre_hook(hook(change), with_kwargs=True)
+        for module, change in zip(modules, changes, strict=True)
     ]
     try:
         yield
@@ -148,6 +119,32 @@ def permutation_matrix(order, rows, length):
             matrix[frame[place]] = 0.0
             matrix[frame[place], frame[source]] = 1.0
     return matrix
+
+
+def both_swapped(tokens, rows, frames, ratio):
+    """Return tokens whose image rows are swapped as Self-Swap Guidance does, frame by frame."""
+    out = tokens.clone()
+    for sequence in out:
+        image = sequence[rows].reshape(frames, -1, sequence.shape[-1])
+        image = [_least_similar_swapped(frame, ratio) for frame in image]
+        image = [_least_similar_swapped(frame.T, ratio).T for frame in image]
+        sequence[rows] = torch.cat(image)
+    return out
+
+
+def _least_similar_swapped(vectors, ratio):
+    """Swap the least similar of some vectors, pair by pair, as the released code does."""
+    size = len(vectors)
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.T).tolist()
+    found = [(cosines[i][j], i, j) for i in range(size) for j in range(i + 1, size)]
+    chosen = sorted(found)[: int(size * ratio)]
+    source = list(range(size))
+    for _, i, j in chosen:
+        source[i] = j
+    for _, i, j in chosen:
+        source[j] = i
+    return vectors[source]
 
 
 def transformer_blocks(model, *places):
@@ -169,23 +166,19 @@ def transformer_blocks(model, *places):
 # Self-Attention Guidance.
 
 
-def blurred_by_loops(image, sigma):
+def drawn(query, key, rows=slice(None), mask=None):
+    """Return the attention that tokens draw from each other, by a whole map: (batch, tokens)."""
+    map_ = masked(attention_logits(query, key).double(), mask).softmax(-1)
+    own = map_[..., key.shape[2] - query.shape[2] :]  # text may have no queries
+    return own[:, :, rows][..., rows].sum(2).mean(1)
+
+
+def blurred_latent(image, sigma):
     """Return planes blurred by 9 taps of a Gaussian, fewer on short axes, reflected at borders."""
-    for axis in (-2, -1):
-        n = image.shape[axis]
-        taps = min(9, n - (n % 2 - 1))
-        half = taps // 2
-        weights = [math.exp(-0.5 * ((t - half) / sigma) ** 2) for t in range(taps)]
-        lines = []
-        for i in range(n):
-            total = 0
-            for t, weight in enumerate(weights):
-                j = i + t - half
-                j = -j if j < 0 else 2 * (n - 1) - j if j >= n else j
-                total = total + weight * image.select(axis, j)
-            lines.append(total / sum(weights))
-        image = torch.stack(lines, axis)
-    return image
+    rows, columns = (
+        blur_matrix(n, sigma, "reference", taps=min(9, n - (n % 2 - 1))) for n in image.shape[-2:]
+    )
+    return rows @ image @ columns.T
 
 
 def blurred_where_attended(model, attention, scale, sigma):
@@ -203,7 +196,7 @@ def blurred_where_attended(model, attention, scale, sigma):
         x0, x = args["cond_denoised"].double(), args["input"].double()
         mask = (attention() > 1.0).double().expand_as(x0)
         assert 0 < mask.mean() < 1
-        degraded = mask * blurred_by_loops(x0, sigma) + (1 - mask) * x0
+        degraded = mask * blurred_latent(x0, sigma) + (1 - mask) * x0
         (again,) = comfy.samplers.calc_cond_batch(
             args["model"], [args["cond"]], (x + degraded - x0).to(args["input"]), args["sigma"],
             args["model_options"],

@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import importlib
+import inspect
 import math
 
 import comfy.cldm.cldm
@@ -195,6 +196,16 @@ def core_node(module, name, *args, **kwargs):
     if hasattr(node, "execute"):
         return node.execute(*args, **kwargs)[0]
     return getattr(node(), node.FUNCTION)(*args, **kwargs)[0]
+
+
+def context_windows(model, fuse="pyramid"):
+    """Return a model under the host's node that cuts a clip in windows of four, two shared."""
+    node = importlib.import_module("comfy_extras.nodes_context_windows").ContextWindowsManualNode
+    # Newer versions add a frame to each window, which SVD's frame count does not know of.
+    known = inspect.signature(node.execute).parameters
+    extra = {"causal_window_fix": False} if "causal_window_fix" in known else {}
+    settings = (4, 2, "standard_static", 1, False, fuse, 0, False)
+    return node.execute(model, *settings, **extra)[0]
 
 
 def tiny_controlnet(kind="sdxl", *, seed=50, dtype=torch.float64):

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import re
 from unittest import mock
 
+from dit_models import sample_dit
+from dit_oracle import shape_of
 from family_oracle import guide
-from host_models import PACK, sample
-from reuse_checks import difference
+from host_models import sample
 
 NOTHING = 1e-6
 """The largest rounding of a float64 network in float32 latents, in standard deviations."""
+ACTS = 1e-3
+"""What guidance, or another node, must move at least to be seen to act."""
 STEPS = 3
 CFG = {7.0: 2, 1.0: 1}
 """How many rows the plain call of one image has."""
 
 
-def nothing(model, reuse, **widgets):
+def nothing(model, reuse=True, **widgets):
     """Guide by a perturbation that changes nothing: what is pushed is a fault, times 3."""
-    return guide("PAG", model, 3.0, strength=1e-12, reuse=reuse, **widgets)
+    return guide("PAG", model, **{"scale": 3.0, "strength": 1e-12, "reuse": reuse, **widgets})
 
 
 def hardly(model, **widgets):
@@ -29,28 +31,13 @@ def hardly(model, **widgets):
     return guide("SEG", model, 1e-9, **widgets)
 
 
-def pushed(run, model, alone, *, may_refuse=False):
-    """Return how far a model's result is from another; 0 for a refusal by name, where it may."""
-    try:
-        return difference(run(model), alone)
-    except Exception as error:
-        if may_refuse and refused_by_name(error):
-            return 0.0
-        raise
-
-
-def refused_by_name(error):
-    """Tell whether an error is a refusal by one of the pack's nodes, under its own name."""
-    names = "Smoothed Energy|Perturbed-Attention|Self-Attention|Skip Layer|Token Perturbation"
-    return isinstance(error, ValueError) and re.match(f"({names}) Guidance", str(error)) is not None
-
-
 def refused_or_latents(run, model):
-    """Return the latents of a run, or None where a node of the pack refuses by name."""
+    """Return the latents of a run, or None where a node of the pack refuses by its own name."""
     try:
         return run(model)
     except ValueError as error:
-        if refused_by_name(error):
+        names = "Smoothed Energy|Perturbed-Attention|Self-Attention|Skip Layer|Token Perturbation"
+        if re.match(f"({names}) Guidance", str(error)):
             return None
         raise
 
@@ -77,22 +64,45 @@ def network_runs(family="unet"):
         yield rows
 
 
-def run(model, cfg=7.0, steps=STEPS, **settings):
-    """Return the latents of a UNet, and the rows of each run of the network."""
-    with network_runs() as rows:
-        return sample(model, cfg=cfg, steps=steps, size=(6, 8), **settings), rows
+def run(model, cfg=7.0, steps=STEPS, kind="unet", **settings):
+    """Return the latents of a UNet or a Flux, and the rows of each run of the network."""
+    with network_runs(kind) as rows:
+        if kind == "unet":
+            latents = sample(model, cfg=cfg, steps=steps, size=(6, 8), **settings)
+        else:
+            shape = shape_of(kind, (3, 4))
+            latents = sample_dit(model, kind, shape, cfg=cfg, steps=steps, **settings)
+    return latents, rows
 
 
-def warnings_of(caplog):
-    """Return the warnings that the pack logged."""
-    records = [r for r in caplog.records if r.name.startswith(PACK)]
-    return [r.getMessage() for r in records if r.levelno >= logging.WARNING]
+MODEL_PARTS = (
+    "model_options", "wrappers", "callbacks", "patches", "object_patches", "attachments",
+    "additional_models", "injections", "hook_patches", "forced_hooks",
+)  # fmt: skip
 
 
-def identities(thing):
-    """Describe nested containers by their structure and the identity of what they hold."""
+def fingerprint(thing, seen=()):
+    """Describe nested dictionaries and lists by structure and the identity of what they hold."""
+    if id(thing) in seen:
+        return "again"
+    seen = (*seen, id(thing))
     if isinstance(thing, dict):
-        return {str(key): identities(value) for key, value in thing.items()}
+        return {str(key): fingerprint(value, seen) for key, value in thing.items()}
     if isinstance(thing, (list, tuple)):
-        return [identities(value) for value in thing]
+        return [fingerprint(value, seen) for value in thing]
     return id(thing)
+
+
+def network_state(model):
+    """Describe what a call might leave on each module: attributes, hooks, another class."""
+    return {
+        name: (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), type(m))
+        for name, m in model.model.diffusion_model.named_modules()
+    }
+
+
+def state(model):
+    """Describe all that a run might leave: on the patcher, in weights, on each module."""
+    parts = [fingerprint(getattr(model, name)) for name in MODEL_PARTS if hasattr(model, name)]
+    weights = {k: float(v.double().sum()) for k, v in model.model.state_dict().items()}
+    return parts, weights, network_state(model)

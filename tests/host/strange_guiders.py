@@ -7,6 +7,7 @@ import comfy.samplers
 import torch
 from dit_models import latent_shape, prompt
 from host_models import conditioning, noise_like
+from stand_ins import patched
 
 LATENT = (1, 4, 6, 8)
 
@@ -95,13 +96,11 @@ class SkipsByItself(ByHand):
         return 0.5 * (cond - worse)
 
 
-class EvaluatesTwice(comfy.samplers.CFGGuider):
-    """As samplers with a corrector: the host's whole evaluation runs twice in a step."""
+class HandsOnZeros(ByHand):
+    """As guiders that hand on zeros for a prediction that they have not evaluated."""
 
-    def predict_noise(self, x, timestep, model_options=None, seed=None):
-        first = super().predict_noise(x, timestep, model_options, seed)
-        second = super().predict_noise(0.9 * x, timestep, model_options, seed)
-        return 0.5 * (first + second)
+    def evaluated(self, x, timestep, options):
+        return [super().evaluated(x, timestep, options)[0], torch.zeros_like(x)]
 
 
 class HandsInTheModelsOptions(comfy.samplers.CFGGuider):
@@ -124,44 +123,30 @@ class BreaksOff(comfy.samplers.CFGGuider):
         raise RuntimeError("the second prompt cannot be used")
 
 
-def in_place(model):
+@patched("sampler_cfg_function")
+def in_place(args):
     """As cfg functions that save memory: what they compute they write into the step's latent."""
-
-    def cfg_function(args):
-        x = args["input"]
-        result = args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
-        x.mul_(0.8).add_(0.01)
-        return result
-
-    model = model.clone()
-    model.set_model_sampler_cfg_function(cfg_function)
-    return model
+    result = args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+    args["input"].mul_(0.8).add_(0.01)
+    return result
 
 
-def older_evaluation(model):
+@patched("sampler_calc_cond_batch_function")
+def older_evaluation(args):
     """As copies of an older `calc_cond_batch`: the network is told of no uuids."""
-
-    def evaluate(args):
-        x, options = args["input"], args["model_options"]
-        chosen = [
-            (side, comfy.samplers.get_area_and_mult(cond, x, args["sigma"]))
-            for side, conds in enumerate(args["conds"])
-            for cond in conds or ()
-        ]
-        chosen = [(side, one) for side, one in chosen if one is not None]
-        if not chosen:
-            return [torch.zeros_like(x) for _ in args["conds"]]
-        told = {**options["transformer_options"], "sigmas": args["sigma"]}
-        told["cond_or_uncond"] = [side for side, _ in chosen]
-        c = comfy.samplers.cond_cat([one.conditioning for _, one in chosen])
-        sigma = args["sigma"].repeat(len(chosen))
-        latents = torch.cat([one.input_x for _, one in chosen])
-        out = args["model"].apply_model(latents, sigma, **c, transformer_options=told)
-        outs = [torch.zeros_like(x) for _ in args["conds"]]
-        for (side, _), one in zip(chosen, out.chunk(len(chosen)), strict=True):
-            outs[side] = outs[side] + one
-        return outs
-
-    model = model.clone()
-    model.model_options["sampler_calc_cond_batch_function"] = evaluate
-    return model
+    x, options = args["input"], args["model_options"]
+    chosen = [
+        (side, comfy.samplers.get_area_and_mult(cond, x, args["sigma"]))
+        for side, conds in enumerate(args["conds"])
+        for cond in conds or ()
+    ]
+    outs = [torch.zeros_like(x) for _ in args["conds"]]
+    told = {**options["transformer_options"], "sigmas": args["sigma"]}
+    told["cond_or_uncond"] = [side for side, _ in chosen]
+    c = comfy.samplers.cond_cat([one.conditioning for _, one in chosen])
+    sigma = args["sigma"].repeat(len(chosen))
+    latents = torch.cat([one.input_x for _, one in chosen])
+    out = args["model"].apply_model(latents, sigma, **c, transformer_options=told)
+    for (side, _), one in zip(chosen, out.chunk(len(chosen)), strict=True):
+        outs[side] = outs[side] + one
+    return outs

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 
 import pytest
 import torch
-from choice import some
+from choice import each, some
 from dit_models import available, sample_dit, tiny_dit
 from dit_oracle import block_modules, selector, shape_of
 from family_oracle import guide
@@ -81,7 +80,7 @@ STEPS = 3
 def run(kind, method, way, *, order="before", cfg=4.0, first=CHANGED):
     """Return the latents of a tiny transformer, what its run did, and its graphs."""
     model, graphs = tiny_dit(kind), Graphs()
-    modules = block_modules(model, kind)[first : CHANGED + 2]
+    modules = block_modules(model)[first : CHANGED + 2]
     names = [name for name, module in model.model.named_modules() if module in modules]
     guided = lambda model: model  # noqa: E731
     if method:
@@ -126,20 +125,9 @@ def test_blocks_stay_compiled_but_for_those_that_are_changed(case):
         assert graphs.runs == others.runs > 0
 
 
-@pytest.mark.current_only
-def test_blocks_before_the_change_run_the_graphs_that_the_plain_model_made():
-    model, graphs = tiny_dit("flux"), Graphs()
-    model = by_objects(model, ["diffusion_model.double_blocks.0"], graphs)
-    shape = shape_of("flux", (3, 4))
-    sample_dit(model, "flux", shape)
-    made, runs = graphs.made, graphs.runs
-    sample_dit(guide("SEG", model, blocks="double.1"), "flux", shape)
-    assert (graphs.made, graphs.runs) == (made, 2 * runs)
-
-
 def test_an_interruption_leaves_compiled_blocks_as_they_were():
     model = tiny_dit("flux")
-    blocks = block_modules(model, "flux")
+    blocks = block_modules(model)
     names = [f"diffusion_model.{name}" for name in ("double_blocks.0", "single_blocks.1")]
     guided = guide("SEG", in_place(model, names, Graphs()), blocks="single.1")
     compiled = [block._compiled_call_impl for block in blocks]
@@ -167,36 +155,33 @@ SMALL = {
         "single.0",
     ),
 }
-PARTS = {
-    "whole": ["diffusion_model"],
-    "a part of a layer": ["diffusion_model.middle_block.1.transformer_blocks.0"],
-}
 
 
-WHOLE = list(itertools.product(WAYS, SMALL, ["whole"], ["before", "after"], ["SEG"]))
-PART = [(way, "UNet", "a part of a layer", "after", "SLG") for way in WAYS]
-SHORT = [
-    ("by the host", "UNet", "whole", "before", "SEG"),
-    ("in place", "Flux", "whole", "after", "SEG"),
-    ("by objects", "Flux", "whole", "after", "SEG"),
-]
-
-
-@pytest.mark.parametrize("case", some([*WHOLE, *PART], *SHORT, *PART), ids=str)
-def test_what_is_compiled_as_a_whole_is_guided_eagerly(case):
-    way, network, part, order, method = case
+def compiled_run(way, name, network, order, method="SEG"):
+    """Return latents beside a compiled part and without one, what the run did, and its graphs."""
     build, run, blocks = SMALL[network]
     graphs = Graphs()
     guided = functools.partial(METHODS[method], blocks=blocks)
-    compiled = functools.partial(WAYS[way], names=PARTS[part], graphs=graphs)
+    compiled = functools.partial(WAYS[way], names=[name], graphs=graphs)
     expected, plain = run(guided(build())), run(build())
+    assert deviation(expected, plain) > 1e-3
     model = guided(compiled(build())) if order == "before" else compiled(guided(build()))
     with reported() as counts:
         found = run(model)
-    if part == "whole":
-        assert counts.because("compiled") == counts.full.total() > 0
-        assert graphs.runs > 0
-    else:
-        assert counts.reasons == set()
+    return found, expected, counts, graphs
+
+
+@pytest.mark.parametrize(*each(way=WAYS, network=SMALL, order=["after", "before"]))
+def test_what_is_compiled_as_a_whole_is_guided_eagerly(way, network, order):
+    found, expected, counts, graphs = compiled_run(way, "diffusion_model", network, order)
     assert deviation(found, expected) <= ROUNDING
-    assert deviation(expected, plain) > 1e-3
+    assert counts.because("compiled") == counts.full.total() > 0
+    assert graphs.runs > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiled_part_of_a_changed_layer_is_no_reason_against_one_call(way):
+    part = "diffusion_model.middle_block.1.transformer_blocks.0"
+    found, expected, counts, _ = compiled_run(way, part, "UNet", "after", "SLG")
+    assert deviation(found, expected) <= ROUNDING
+    assert counts.reasons == set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 
 import comfy.hooks
@@ -9,7 +11,6 @@ import comfy.sd
 import pytest
 import torch
 from choice import each
-from comfy.samplers import calc_cond_batch
 from host_models import (
     conditioning,
     core_node,
@@ -19,8 +20,10 @@ from host_models import (
     tiny_lora,
     tiny_model,
 )
-from host_oracle import blur_map, deviation
+from host_oracle import blur_map, deviation, guided_by_hand
 from reuse_checks import require_reference
+from stand_ins import patched, shipped
+from surroundings import attention_override
 
 SIZE = (8, 12)
 LARGEST = 1e-6
@@ -79,31 +82,26 @@ def test_hooks_change_the_extra_passes_of_their_own_prompts(part, keyframes, reu
     )  # fmt: skip
 
 
-# Attention: overrides, precision, patches of other nodes
-
-
-def with_override(model, override, **options):
-    model = model.clone()
-    more = {"optimized_attention_override": override, **options}
-    model.model_options["transformer_options"] |= more
-    return model
+# Attention: overrides, replacements, patches of other nodes
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_an_attention_override_sees_the_smoothed_queries_and_what_the_host_passes(sigma):
     calls = []
 
+    @attention_override
     def override(attention, query, key, value, heads, *args, **kwargs):
-        options = dict(kwargs["transformer_options"])  # the host goes on writing to it
-        calls.append((query, options["block"], options["my_own_key"], kwargs.keys()))
+        block = kwargs["transformer_options"]["block"]
+        calls.append((query, block, kwargs["attn_precision"], kwargs.keys()))
         return attention(query, key, value, heads, *args, **kwargs)
 
-    model, options = shared_model("sd15"), {"size": SIZE, "steps": 1, "cfg": 1.0}
-    watched = with_override(model, override, my_own_key="mine")
-    found = sample(seg(watched, sigma=sigma, reuse=False), **options)
-    assert deviation(found, sample(seg(model, sigma=sigma), **options)) <= LARGEST
+    model = tiny_model("sd15", dtype=torch.float64, attn_precision=torch.float32)
+    options = {"size": SIZE, "steps": 1, "cfg": 1.0}
+    found = sample(seg(override(model), sigma=sigma, reuse=False), **options)
+    assert deviation(found, sample(seg(model, sigma=sigma), **options)) <= 1e-5
     plain, extra = calls[: len(calls) // 2], calls[len(calls) // 2 :]
     assert [rest for _, *rest in plain] == [rest for _, *rest in extra]
+    assert {precision for _, _, precision, _ in calls} == {torch.float32}
     (one, *_), (smoothed, *_) = (
         [query for query, block, *_ in half if block == ("middle", 0)] for half in (plain, extra)
     )
@@ -112,78 +110,41 @@ def test_an_attention_override_sees_the_smoothed_queries_and_what_the_host_passe
     torch.testing.assert_close(smoothed, expected, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_attention_precision_of_the_model_holds_in_smoothed_blocks(sigma):
-    model = tiny_model("sd15", dtype=torch.float32, attn_precision=torch.float32)
-    precisions = []
-
-    def override(attention, *args, **kwargs):
-        precisions.append(kwargs.get("attn_precision"))
-        return attention(*args, **kwargs)
-
-    watched = with_override(model, override)
-    sample(seg(watched, sigma=sigma, reuse=False), size=SIZE, steps=1, cfg=1.0)
-    assert set(precisions) == {torch.float32}
-
-
-def smoothed_replacement(model, replace, place, sigma, scale=3.0):
-    """Guide by hand: another node's replacement is given smoothed queries in the extra pass."""
-    grid = tuple(-(-n // 2) for n in SIZE)
-    blur = blur_map(*grid, sigma)
-
-    def smooth(query, key, value, extra_options):
-        return replace(torch.einsum("qt,btd->bqd", blur, query), key, value, extra_options)
-
-    worse = model.clone()
-    worse.set_model_attn1_replace(smooth, *place)
-    model = model.clone()
-    model.set_model_attn1_replace(replace, *place)
-    model.set_model_sampler_post_cfg_function(
-        lambda args: args["denoised"] + scale * (args["denoised"] - sampled_at(worse, args))
-    )
-    return model
-
-
-def sampled_at(model, args):
-    options = {**args["model_options"], **model.model_options}
-    options.pop("sampler_post_cfg_function", None)
-    return calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)[0]
-
-
 @pytest.mark.parametrize(
     *each(sigma=SIGMAS, place=[("middle", 0), ("middle", 0, 0)], order=ORDERS, reuse=REUSE)
 )
 def test_a_replacement_of_another_node_is_called_with_smoothed_queries(sigma, place, order, reuse):
-    def replace(query, key, value, extra_options):
+    by_hand = []  # not empty while the reference makes its worse prediction
+
+    @patched("attn1_replace", *place)
+    def replaced(query, key, value, extra):
+        if by_hand:
+            query = torch.einsum("qt,btd->bqd", blur_map(4, 6, sigma), query)
         return 0.5 * value + 0.5 * query
 
-    def replaced(model):
-        model = model.clone()
-        model.set_model_attn1_replace(replace, *place)
-        return model
+    @contextlib.contextmanager
+    def smoothed(step, _options):
+        by_hand.append(step)
+        yield
+        by_hand.clear()
 
     model, options = shared_model("sd15"), {"size": SIZE, "steps": 2, "cfg": 1.0}
-    guided = seg(replaced(model), sigma=sigma, reuse=reuse)
-    if order == "after":
-        guided = replaced(seg(model, sigma=sigma, reuse=reuse))
-    expected = sample(smoothed_replacement(model, replace, place, sigma), **options)
-    assert deviation(sample(guided, **options), expected) <= LARGEST
+    expected = sample(guided_by_hand(replaced(model), smoothed, 3.0), **options)
     assert deviation(expected, sample(replaced(model), **options)) > 1e-4
+    guided = functools.partial(seg, sigma=sigma, reuse=reuse)
+    model = guided(replaced(model)) if order == "before" else replaced(guided(model))
+    assert deviation(sample(model, **options), expected) <= LARGEST
 
 
 def attention_patches(model):
-    model = model.clone()
-    model.set_model_attn1_patch(lambda q, k, v, _: (q * 1.1, k * 0.9, v))
-    model.set_model_attn1_output_patch(lambda h, _: h * 1.2)
-    model.set_model_attn2_patch(lambda q, k, v, _: (q, k * 1.3, v))
-    return model
+    model = patched("attn1_patch")(lambda q, k, v, _: (q * 1.1, k * 0.9, v))(model)
+    model = patched("attn1_output_patch")(lambda h, _: h * 1.2)(model)
+    return patched("attn2_patch")(lambda q, k, v, _: (q, k * 1.3, v))(model)
 
 
 def block_patches(model):
-    model = model.clone()
-    model.set_model_input_block_patch(lambda h, _: h * 1.05)
-    model.set_model_output_block_patch(lambda h, skip, _: (h * 0.97, skip * 1.04))
-    return model
+    model = patched("input_block_patch")(lambda h, _: h * 1.05)(model)
+    return patched("output_block_patch")(lambda h, skip, _: (h * 0.97, skip * 1.04))(model)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +157,8 @@ def test_patches_of_other_nodes_act_in_the_extra_pass(patches, order, sigma, reu
 # Other guidance of the host
 
 
-def core_sag(model):
-    return core_node("comfy_extras.nodes_sag", "SelfAttentionGuidance", model, 0.7, 2.0)
-
-
-def core_pag(model):
-    return core_node("comfy_extras.nodes_pag", "PerturbedAttentionGuidance", model, 2.0)
-
-
+core_sag = shipped("sag", "SelfAttentionGuidance", 0.7, 2.0)
+core_pag = shipped("pag", "PerturbedAttentionGuidance", 2.0)
 OTHERS = {"SAG": core_sag, "PAG": core_pag, "both": lambda model: core_pag(core_sag(model))}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from choice import each, pairs
 from host_models import sample, seg, shared_model
-from host_oracle import blur_map, dense_seg, deviation, deviation_of_node
+from host_oracle import dense_seg, deviation, deviation_of_node
 from reuse_checks import require_reference
 
 LARGEST = 1e-6
@@ -51,41 +51,47 @@ def test_node_is_the_dense_reference_over_several_steps(blur, cfg, reuse):
     )
 
 
-SDXL = {
-    # selector: blocks as ComfyUI counts them
-    "middle": [("middle", 0)],
-    "m0": [("middle", 0)],
-    "m0.1": [("middle", 0, 1)],
-    "input": [("input", 3)],
-    "d0.0": [("input", 3, 0)],
-    "u0": [("output", 0)],
-    "u0.1, u1": [("output", 0, 1), ("output", 1)],
-    "output": [("output", 0), ("output", 1)],
-    "middle,u1.0": [("middle", 0), ("output", 1, 0)],
+BLOCKS = {
+    # model and selector: blocks as ComfyUI counts them, how often the latent was halved there
+    "sdxl: middle": ([("middle", 0)], 1),
+    "sdxl: m0": ([("middle", 0)], 1),
+    "sdxl: m0.1": ([("middle", 0, 1)], 1),
+    "sdxl: input": ([("input", 3)], 1),
+    "sdxl: d0.0": ([("input", 3, 0)], 1),
+    "sdxl: u0": ([("output", 0)], 1),
+    "sdxl: u0.1, u1": ([("output", 0, 1), ("output", 1)], 1),
+    "sdxl: output": ([("output", 0), ("output", 1)], 1),
+    "sdxl: middle,u1.0": ([("middle", 0), ("output", 1, 0)], 1),
+    "ssd1b: u0": ([("output", 0)], 1),
+    "ssd1b: d0.1": ([("input", 3, 1)], 1),
+    "sd15: d0": ([("input", 1)], 0),
+    "sd15: d1": ([("input", 3)], 1),
+    "sd15: middle": ([("middle", 0)], 1),
+    "sd15: u0": ([("output", 0)], 1),
+    "sd15: u1": ([("output", 1)], 1),
+    "sd15: u3": ([("output", 3)], 0),
+    "sd15: d0,u3": ([("input", 1), ("output", 3)], 0),
+    "sd15: d1,m0": ([("input", 3), ("middle", 0)], 1),
 }
-SD15 = {
-    "d0": [("input", 1)], "d1": [("input", 3)], "middle": [("middle", 0)], "u0": [("output", 0)],
-    "u1": [("output", 1)], "u3": [("output", 3)], "d0,u3": [("input", 1), ("output", 3)],
-    "d1,m0": [("input", 3), ("middle", 0)],
-}  # fmt: skip
-FINEST = ("d0", "u3", "d0,u3")
 
 
-@pytest.mark.parametrize(*each(selector=SDXL, sigma=[math.inf, 1.3], cfg=[7.0, 1.0]))
-def test_selected_blocks_are_those_that_the_dense_reference_smooths(selector, sigma, cfg):
+@pytest.mark.parametrize(*each(name=BLOCKS, sigma=[math.inf, 1.3], cfg=[7.0, 1.0]))
+def test_selected_blocks_are_those_that_the_dense_reference_smooths(name, sigma, cfg):
+    kind, selector = name.split(": ")
+    blocks, level = BLOCKS[name]
     require_reference(
-        sigma=sigma, cfg=cfg, size=(6, 10), steps=1,
-        node={"blocks": selector}, dense={"blocks": SDXL[selector]},
+        shared_model(kind), sigma=sigma, cfg=cfg, size=(5, 7), steps=1,
+        node={"blocks": selector}, dense={"blocks": blocks, "level": level},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(*each(selector=SD15, sigma=[math.inf, 1.3], cfg=[7.0, 1.0]))
-def test_blocks_of_each_level_are_smoothed_on_their_own_grid(selector, sigma, cfg):
-    level = 0 if selector in FINEST else 1
-    require_reference(
-        shared_model("sd15"), sigma=sigma, cfg=cfg, size=(5, 7), steps=1,
-        node={"blocks": selector}, dense={"blocks": SD15[selector], "level": level},
-    )  # fmt: skip
+@pytest.mark.parametrize("sigma", [math.inf, 1.3])
+@pytest.mark.parametrize(("branch", "side"), [("unconditional", "uncond"), ("free", "free")])
+def test_other_branches_are_those_of_the_dense_reference(branch, side, sigma):
+    found = deviation_of_node(
+        shared_model(), sigma=sigma, size=(6, 10), node={"branch": branch}, dense={"side": side}
+    )
+    assert found <= LARGEST
 
 
 @pytest.mark.parametrize("sigma", [math.inf, 1.3])
@@ -105,7 +111,7 @@ def test_half_precision_runs_and_is_near_the_dense_reference_of_double_precision
 
 
 ERRORS = {
-    "height and width exchanged": {"plant": "transposed"},
+    "height and width exchanged": {"size": (12, 8)},
     "scale a thousandth off": {"scale": 3.003},
     "width a thousandth off": {"sigma": 1.2987},
     "other kernel": {"kernel": "full"},
@@ -123,10 +129,3 @@ def test_the_comparison_notices_a_planted_error(error):
     assert deviation(ours, sample(dense_seg(model, **right), size=size, steps=1)) <= LARGEST
     wrong = sample(dense_seg(model, **(right | error)), size=size, steps=1)
     assert deviation(ours, wrong) > 20 * LARGEST
-
-
-@pytest.mark.parametrize("kernel", ["reference", "full"])
-@pytest.mark.parametrize("grid", [(4, 4), (1, 5), (2, 7), (3, 2)])
-def test_rows_of_the_oracle_s_map_sum_to_one(grid, kernel):
-    blur = blur_map(*grid, 1.3, kernel)
-    torch.testing.assert_close(blur.sum(1), torch.ones(len(blur), dtype=torch.float64))

@@ -8,13 +8,14 @@ import comfy.model_management
 import pytest
 import torch
 from choice import each
-from dit_models import sample_dit, tiny_dit
-from dit_oracle import shape_of
+from dit_models import tiny_dit
 from family_oracle import guide
 from host_models import sample, seg, shared_model, tiny_model
-from no_op import CFG, NOTHING, STEPS, network_runs, run, warnings_of
-from reuse_checks import difference, outcome
-from surroundings import patched, raises_beyond
+from host_oracle import deviation
+from no_op import CFG, NOTHING, STEPS, network_runs, network_state, run
+from reuse_checks import outcome, warned
+from stand_ins import patched
+from surroundings import raises_beyond
 
 OOM = functools.partial(comfy.model_management.OOM_EXCEPTION, "out of memory, says the allocator")
 
@@ -23,142 +24,105 @@ class Foreign(Exception):
     """An error that no library knows."""
 
 
+MISMATCH = "the size of tensor a must match"
 ERRORS = {
-    "RuntimeError": lambda: RuntimeError("the size of tensor a must match"),
-    "AssertionError": lambda: AssertionError("the size of tensor a must match"),
-    "IndexError": lambda: IndexError("the size of tensor a must match"),
-    "an error of its own": lambda: Foreign("the size of tensor a must match"),
+    "RuntimeError": functools.partial(RuntimeError, MISMATCH),
+    "AssertionError": functools.partial(AssertionError, MISMATCH),
+    "an error of its own": functools.partial(Foreign, MISMATCH),
 }
-
-
-def modules_state(network):
-    """Return what hooks, forwards and attributes each module of a network has."""
-    return {
-        name: (
-            sorted(set(vars(m)) - {"_forward"}),  # stands for the length of a call
-            len(m._forward_hooks),
-            len(m._forward_pre_hooks),
-            type(m),
-        )
-        for name, m in network.named_modules()
-    }
 
 
 # A joined call that raises.
 
 
+@functools.cache
+def whole_pass(cfg):
+    """Return what whole passes give beside code that cannot run with more rows."""
+    return run(raises_beyond(CFG[cfg], OOM)(seg(shared_model(), reuse=False)), cfg)[0]
+
+
 @pytest.mark.parametrize(*each(error=ERRORS, cfg=CFG))
 def test_a_joined_call_that_raises_is_repeated_as_the_host_made_it(error, cfg, caplog):
+    """The blocks of the failed call were changed in rows that nobody saw: they do not count."""
+    caplog.set_level("INFO")
     around = raises_beyond(CFG[cfg], ERRORS[error])
-    whole, _ = run(around(seg(shared_model(), reuse=False)), cfg)
-    caplog.clear()
     found, rows = run(around(seg(shared_model())), cfg)
-    assert torch.equal(found, whole)
-    (warning,) = warnings_of(caplog)
-    assert "the size of tensor a must match" in warning
+    assert torch.equal(found, whole_pass(cfg))
+    (warning,) = warned(caplog)
+    assert MISMATCH in warning
     assert len([n for n in rows if n > CFG[cfg]]) == 1, "one call was tried, then no more"
     assert len(rows) == 2 * STEPS + 1, "each later step makes the plain call and a whole pass"
+    assert f"{STEPS} of {STEPS} model evaluations guided" in caplog.text
+    counts = outcome(around(seg(shared_model())), cfg=cfg)
+    assert (counts.shared, counts.full.total()) == (0, STEPS)
+
+
+@pytest.mark.parametrize("cfg", CFG)
+def test_a_joined_call_that_runs_out_of_memory_is_repeated_unjoined(cfg, caplog):
+    found, rows = run(raises_beyond(CFG[cfg], OOM)(seg(shared_model())), cfg)
+    assert torch.equal(found, whole_pass(cfg))
+    assert len(rows) >= 2 * STEPS + 1
+    assert [m for m in warned(caplog) if "memory" in m]
 
 
 def test_a_joined_call_that_raises_with_two_branches_is_repeated_once(caplog):
-    def guided(reuse):
-        model = guide("PAG", seg(shared_model(), reuse=reuse), 2.0, reuse=reuse)
-        return raises_beyond(2, ERRORS["RuntimeError"])(model)
-
-    whole, _ = run(guided(False))
-    caplog.clear()
-    found, rows = run(guided(True))
-    assert difference(found, whole) <= NOTHING
-    assert len([m for m in warnings_of(caplog) if "the size of tensor a" in m]) == 1
+    two = guide("PAG", seg(shared_model()), 2.0)
+    found, rows = run(raises_beyond(2, ERRORS["RuntimeError"])(two))
+    unbroken, _ = run(raises_beyond(9, OOM)(two))
+    assert deviation(found, unbroken) <= NOTHING
+    assert len([m for m in warned(caplog) if MISMATCH in m]) == 1
     assert len([n for n in rows if n > 2]) == 1
 
 
 @pytest.mark.parametrize("name", ["double_block", "single_block"])
 def test_a_joined_call_of_a_transformer_that_raises_is_repeated(name, caplog):
-    def around(model):
-        def bounded(args, extra):
-            if len(args["img"]) > 1:
-                raise RuntimeError("made for one image")
-            return extra["original_block"](args)
-
-        model = model.clone()
-        model.set_model_patch_replace(bounded, "dit", name, 1)
-        return model
+    @patched("patch_replace", "dit", name, 1)
+    def bounded(args, extra):
+        if len(args["img"]) > 1:
+            raise RuntimeError("made for one image")
+        return extra["original_block"](args)
 
     def sampled(reuse):
-        model = around(seg(tiny_dit("flux", guidance_embed=False), reuse=reuse, blocks="double.0"))
-        with network_runs("flux") as rows:
-            latents = sample_dit(model, "flux", shape_of("flux", (3, 4)), cfg=1.0, steps=STEPS)
-        return latents, rows
+        model = seg(tiny_dit("flux", guidance_embed=False), reuse=reuse, blocks="double.0")
+        return run(bounded(model), cfg=1.0, kind="flux")
 
-    whole, each = sampled(False)
-    assert len(each) == 2 * STEPS
-    caplog.clear()
-    found, rows = sampled(True)
+    (found, rows), (whole, each_alone) = sampled(True), sampled(False)
     assert torch.equal(found, whole)
-    assert len(rows) == 2 * STEPS + 1
-    (warning,) = warnings_of(caplog)
+    assert len(rows) == 2 * STEPS + 1 == len(each_alone) + 1
+    (warning,) = warned(caplog)
     assert "made for one image" in warning
 
 
-def test_hooks_are_gone_before_a_call_of_a_later_step_is_repeated_and_after_it(caplog):
-    model = tiny_model(dtype=torch.float64)
-    network = model.model.diffusion_model
+def test_a_joined_call_of_a_later_step_that_raises_leaves_nothing_on_the_network(caplog):
+    model, failed = tiny_model(dtype=torch.float64), []
     whole, _ = run(seg(model, reuse=False), steps=4)  # ComfyUI marks the layers that it has loaded
-    caplog.clear()
-    before, at_repeat = modules_state(network), []
+    before = network_state(model)
 
+    @patched("output_block_patch")
     def bounded(h, hsp, options):
-        if len(h) > 2 and float(options["sigmas"][0]) < 3 and not at_repeat:
-            at_repeat.append(None)
+        if len(h) > 2 and float(options["sigmas"][0]) < 3 and not failed:
+            failed.append(network_state(model))
             raise RuntimeError("stop")
-        if at_repeat == [None]:
-            at_repeat.append(modules_state(network))
         return h, hsp
 
-    found, _ = run(patched("output_block_patch", bounded)(seg(model)), steps=4)
-    assert difference(found, whole) <= NOTHING
-    assert len(warnings_of(caplog)) == 1
-    assert at_repeat == [None, before]
-    assert modules_state(network) == before
-    assert "_forward" not in vars(network)
+    found, _ = run(bounded(seg(model)), steps=4)
+    assert deviation(found, whole) <= NOTHING
+    assert len(warned(caplog)) == 1
+    assert failed != [before], "while a call lasts, there is something on it"
+    assert network_state(model) == before
 
 
-def test_what_a_failed_call_had_reached_is_not_counted(caplog):
-    """The blocks were changed in rows that nobody saw: the report counts whole passes alone."""
-    caplog.set_level("INFO")
-    found = outcome(raises_beyond(2, ERRORS["RuntimeError"])(seg(shared_model())))
-    assert found.shared == 0
-    assert sum(found.full.values()) == STEPS
-    assert f"{STEPS} of {STEPS} model evaluations guided" in caplog.text
+# Errors of the plain call, which are the host's business.
 
 
-@pytest.mark.parametrize("cfg", CFG)
-def test_a_joined_call_that_runs_out_of_memory_is_repeated_unjoined(cfg, caplog):
-    around = raises_beyond(CFG[cfg], OOM)
-    whole, _ = run(around(seg(shared_model(), reuse=False)), cfg)
-    caplog.clear()
-    found, rows = run(around(seg(shared_model())), cfg)
-    assert torch.equal(found, whole)
-    assert len(rows) >= 2 * STEPS + 1
-    assert [m for m in warnings_of(caplog) if "memory" in m]
-
-
-@pytest.mark.parametrize("reuse", [True, False])
-def test_a_plain_call_that_runs_out_of_memory_is_the_host_s_business(reuse):
-    with network_runs() as rows, pytest.raises(comfy.model_management.OOM_EXCEPTION):
-        sample(raises_beyond(0, OOM)(seg(shared_model(), reuse=reuse)), size=(6, 8))
-    assert len(rows) <= 2, "and a joined one is tried again once"
-
-
-def test_an_error_of_the_plain_call_comes_out_as_it_was():
-    def sampled(model):
-        with pytest.raises(KeyError, match="not for anybody"):
-            run(raises_beyond(0, lambda: KeyError("not for anybody"))(model))
-
-    sampled(shared_model())
-    sampled(seg(shared_model()))
-    sampled(seg(shared_model(), reuse=False))
+@pytest.mark.parametrize(
+    *each(guided=[seg, functools.partial(seg, reuse=False)], error=[OOM, lambda: KeyError("mine")])
+)
+def test_an_error_of_the_plain_call_comes_out_as_it_was(guided, error):
+    broken = raises_beyond(0, error)(guided(shared_model()))
+    with network_runs() as rows, pytest.raises(type(error()), match=str(error())):
+        sample(broken, size=(6, 8))
+    assert len(rows) <= 2, "a joined one is tried again once"
 
 
 def test_a_user_who_interrupts_is_obeyed_at_once():
@@ -167,4 +131,3 @@ def test_a_user_who_interrupts_is_obeyed_at_once():
         sample(raises_beyond(2, interrupt)(seg(shared_model())), size=(6, 8))
     assert len([n for n in rows if n > 2]) == 1, "and nothing follows"
     assert len(rows) <= 2
-    assert all(not m._forward_hooks for m in shared_model().model.diffusion_model.modules())

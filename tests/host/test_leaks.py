@@ -9,48 +9,23 @@ import inspect
 import threading
 import weakref
 
-import comfy.model_management
 import pytest
 import torch
 from choice import each, some
+from comfy.model_management import InterruptProcessingException
 from family_oracle import guide
 from host_models import PACK, sample, seg, shared_model, tiny_model
 from host_oracle import deviation
-from neighbours import WRAPPERS, momentum, wrapped
+from neighbours import momentum
+from no_op import state
+from stand_ins import WRAPPERS, patched, wrapped
 
 SIZE = (6, 8)
-MODEL_PARTS = (
-    "model_options", "wrappers", "callbacks", "patches", "object_patches", "attachments",
-    "additional_models", "injections", "hook_patches", "forced_hooks",
-)  # fmt: skip
 sag = functools.partial(guide, "SAG", scale=0.5)
 
 
 def chain(model, *, reuse=True):
     return guide("PAG", seg(model, sigma=1.3, blocks="u1", reuse=reuse), 2.0, reuse=reuse)
-
-
-def fingerprint(thing, seen=()):
-    """Describe nested dictionaries and lists by structure and the identity of what they hold."""
-    if id(thing) in seen:
-        return "again"
-    seen = (*seen, id(thing))
-    if isinstance(thing, dict):
-        return {str(key): fingerprint(value, seen) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)):
-        return [fingerprint(value, seen) for value in thing]
-    return id(thing)
-
-
-def state(model):
-    """Describe all that a run might leave: on the patcher, in weights, on each module."""
-    parts = [fingerprint(getattr(model, name)) for name in MODEL_PARTS if hasattr(model, name)]
-    weights = {k: float(v.double().sum()) for k, v in model.model.state_dict().items()}
-    modules = {
-        name: (sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), type(m))
-        for name, m in model.model.diffusion_model.named_modules()
-    }
-    return parts, weights, modules
 
 
 @functools.cache
@@ -77,65 +52,43 @@ def test_model_that_came_in_is_unchanged(settings):
     before = state(model)
     guided = SETTINGS[settings](model)
     assert state(model) == before
-    patched = state(guided)
+    of_guided = state(guided)
     sample(guided, size=SIZE)
     assert state(model) == before
-    assert state(guided) == patched
+    assert state(guided) == of_guided
     assert torch.equal(sample(model, size=SIZE), unguided())
-
-
-class Broken(RuntimeError):
-    """Planted."""
-
-
-def fail_from(model, call, error):
-    """Raise in the middle of the network from its n-th evaluation on."""
-    calls = []
-
-    def fail(module, args):
-        calls.append(1)
-        if len(calls) >= call:
-            raise error
-
-    return model.model.diffusion_model.output_blocks[0][0].register_forward_pre_hook(fail)
-
-
-INTERRUPTED = comfy.model_management.InterruptProcessingException
 
 
 @pytest.mark.floor
 @pytest.mark.parametrize(
-    *each(error=[Broken, INTERRUPTED, torch.OutOfMemoryError], call=[1, 2], reuse=[True, False])
+    *each(
+        error=[KeyError, InterruptProcessingException, torch.OutOfMemoryError],
+        where=["the first call", "the second call", "another node", "the progress bar"],
+        reuse=[True, False],
+    )
 )
-def test_error_in_mid_run_leaves_the_next_run_as_a_fresh_one(call, error, reuse):
-    model = tiny_model()
-    guided = chain(model, reuse=reuse)
+def test_error_in_mid_run_leaves_the_next_run_as_a_fresh_one(where, error, reuse):
+    model, calls = tiny_model(), []
+    guided = broken = chain(model, reuse=reuse)
     expected = sample(guided, size=SIZE)
     before = state(guided)
-    handle = fail_from(model, call, error)
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) > (where == "the second call"):
+            raise error
+
+    layer = model.model.diffusion_model.output_blocks[0][0]
+    handle = layer.register_forward_pre_hook(fail) if "call" in where else None
+    if where == "another node":
+        broken = patched("sampler_post_cfg_function")(fail)(guided)
     with pytest.raises(error):
-        sample(guided, size=SIZE)
-    handle.remove()
+        sample(broken, size=SIZE, callback=fail if where == "the progress bar" else None)
+    if handle is not None:
+        handle.remove()
     assert state(guided) == before
     assert torch.equal(sample(guided, size=SIZE), expected)
     assert torch.equal(sample(model, size=SIZE), unguided())
-
-
-@pytest.mark.parametrize("error", [Broken, INTERRUPTED])
-def test_error_of_another_node_leaves_the_next_run_as_a_fresh_one(error):
-    guided = seg(shared_model())
-    expected = sample(guided, size=SIZE)
-
-    def fail(*_):
-        raise error
-
-    broken = guided.clone()
-    broken.set_model_sampler_post_cfg_function(fail)
-    with pytest.raises(error):
-        sample(broken, size=SIZE)
-    with pytest.raises(error):
-        sample(guided, size=SIZE, callback=fail)
-    assert torch.equal(sample(guided, size=SIZE), expected)
 
 
 # State and settings in the model's options.
@@ -144,12 +97,12 @@ def test_error_of_another_node_leaves_the_next_run_as_a_fresh_one(error):
 def test_what_others_write_into_the_options_stays_and_nothing_of_ours_does():
     seen = []
 
-    def look(executor, x, timestep, options, seed):
+    @wrapped(WRAPPERS.PREDICT_NOISE, outside=True)
+    def looking(executor, x, timestep, options, seed):
         seen.append((set(options), set(options["transformer_options"])))
         return executor(x, timestep, options, seed)
 
-    model = wrapped(WRAPPERS.PREDICT_NOISE, look, outside=True)(seg(momentum(shared_model())))
-    sample(model, steps=3)
+    sample(looking(seg(momentum(shared_model()))), steps=3)
     first, *later = seen
     assert all(options - first[0] == {"momentum"} for options, _ in later)
     assert all(options - first[1] == {"steps seen"} for _, options in later)
@@ -170,28 +123,22 @@ def test_a_deep_copy_of_the_options_copies_settings_and_no_network():
 # Memory.
 
 
-def latents_alive():
-    return sum(
-        1
-        for thing in gc.get_objects()
-        if isinstance(thing, torch.Tensor) and thing.shape[1:] == (4, *SIZE)
-    )
-
-
 @pytest.mark.filterwarnings("ignore")  # asking every live object for its type wakes deprecations
 def test_no_prediction_is_kept_after_its_step():
-    def counted(model):
+    def latents_alive(model):
         alive = []
 
-        def after_step(executor, *args):
+        @wrapped(WRAPPERS.PREDICT_NOISE, outside=True)
+        def counting(executor, *args):
             out = executor(*args)
-            alive.append(latents_alive())
+            tensors = (thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor))
+            alive.append(sum(tensor.shape[1:] == (4, *SIZE) for tensor in tensors))
             return out
 
-        sample(wrapped(WRAPPERS.PREDICT_NOISE, after_step, outside=True)(model), size=SIZE, steps=3)
+        sample(counting(model), size=SIZE, steps=3)
         return alive
 
-    assert counted(chain(shared_model())) == counted(shared_model())
+    assert latents_alive(chain(shared_model())) == latents_alive(shared_model())
 
 
 def growth(model, runs):

@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
 from choice import each
 from family_oracle import guide
-from host_models import conditioning, counted_calls, noise_like, sample, seg, shared_model
-from neighbours import WRAPPERS, regrouped, wrapped
+from host_models import conditioning, sample, seg, shared_model, with_controlnet
+from host_oracle import deviation
+from neighbours import regrouped
 from reuse_checks import (
-    MemoryShortage,
     control_net,
-    controlled_pair,
-    difference,
     outcome,
     require_equal,
     set_free_memory,
+    with_room_for,
 )
+from stand_ins import patched
+from test_video import clip_prompts
 
 EXACT = 1e-12
 
@@ -66,11 +66,7 @@ ON_SVD = {  # space and time have a layer each
 }
 
 
-def frame_prompt(seed):
-    return [[noise_like((1, 1, 64), seed), {"pooled_output": noise_like((1, 64), seed)}]]
-
-
-CLIP = {"batch": 3, "scheduler": "karras", "positive": frame_prompt(1), "negative": frame_prompt(2)}
+CLIP = {"batch": 3, "scheduler": "karras", **clip_prompts()}
 RUNS = {
     "SDXL": ("sdxl", {"cfg": 7.0}),
     "SDXL, cfg 1": ("sdxl", {"cfg": 1.0, "batch": 2}),
@@ -120,16 +116,7 @@ def test_one_call_gives_what_whole_passes_give_and_runs_each_layer_once(name, ru
     assert more > layers
     assert len(one) == len(whole) > 1
     for ours, theirs in zip(one, whole, strict=True):
-        assert difference(ours, theirs) <= EXACT
-
-
-def test_other_nodes_see_the_plain_call_and_one_that_asks_for_the_perturbed_prediction():
-    model = shared_model()
-    for cfg, batch, expected in ((7.0, 1, [2, 1]), (1.0, 3, [3, 3])):
-        for reuse in (True, False):
-            with counted_calls(model) as batches:
-                sample(seg(model, reuse=reuse), cfg=cfg, batch=batch, steps=2)
-            assert batches == 2 * expected
+        assert deviation(ours, theirs) <= EXACT
 
 
 def test_blocks_before_the_first_changed_one_compute_no_further_rows():
@@ -140,29 +127,6 @@ def test_blocks_before_the_first_changed_one_compute_no_further_rows():
         assert [found[key] - plain[key] for key in plain] == [0] * shared + [3] * (9 - shared)
 
 
-def test_one_who_writes_into_what_is_handed_out_spoils_nothing():
-    """As a guider does that applies cfg twice to one evaluation."""
-
-    def twice(args):
-        ours = args["model_options"]["sampler_post_cfg_function"][-1]
-        ours({**args, "denoised": args["denoised"].clone()})
-        return args["denoised"]
-
-    def spoil(executor, *args, **kwargs):
-        out = executor(*args, **kwargs)
-        if len(out) == 1:  # the perturbed one
-            kept.append(out.clone())
-            out.mul_(0.5)
-        return out
-
-    kept = []
-    model = wrapped(WRAPPERS.DIFFUSION_MODEL, spoil)(shared_model())
-    model.set_model_sampler_post_cfg_function(twice)
-    outcome(seg(model), steps=1)
-    first, second = kept
-    assert torch.equal(first, second)
-
-
 # What other nodes are told of a call that has more rows.
 
 
@@ -170,15 +134,15 @@ def test_one_who_writes_into_what_is_handed_out_spoils_nothing():
 def test_one_label_for_the_plain_and_the_perturbed_rows_of_a_cond(reuse):
     seen = set()
 
-    def look(q, k, v, options):
+    @patched("attn2_patch")
+    def looking(q, k, v, options):
         labels = options["cond_or_uncond"]
         prompts = k.reshape(len(labels), -1).double().sum(1)
         seen.update(zip((round(float(p), 6) for p in prompts), labels, strict=True))
         return q, k, v
 
-    model = shared_model().clone()
-    model.set_model_attn2_patch(look)
-    outcome(seg(seg(model, branch="unconditional", reuse=reuse), reuse=reuse))
+    both_sides = seg(seg(shared_model(), branch="unconditional", reuse=reuse), reuse=reuse)
+    sample(looking(both_sides))
     assert len(seen) == 2, "each prompt has one label"
     assert {label for _, label in seen} == {0, 1}
 
@@ -197,10 +161,8 @@ def test_patches_are_told_of_each_row_and_else_what_they_are_told_without_guidan
             look(len(h), rest[-1])
             return (h, *rest[:-1]) if len(rest) > 1 else h
 
-        model = model.clone()
-        model.set_model_input_block_patch(between)
-        model.set_model_output_block_patch(between)
-        model.set_model_attn2_patch(between)
+        for kind in ("input_block_patch", "output_block_patch", "attn2_patch"):
+            model = patched(kind)(between)(model)
         return model
 
     plain, guided = [], []
@@ -217,7 +179,7 @@ def test_patches_are_told_of_each_row_and_else_what_they_are_told_without_guidan
 @pytest.mark.parametrize("cfg", [7.0, 1.0])
 def test_where_memory_is_short_the_pass_is_whole_and_the_same(monkeypatch, cfg, caplog):
     control, calls = control_net()
-    positive, negative = controlled_pair(conditioning(1), conditioning(2), control)
+    positive, negative = with_controlnet(conditioning(1), conditioning(2), control)
     settings = {"cfg": cfg, "positive": positive, "negative": negative}
     caplog.set_level("INFO")
     set_free_memory(monkeypatch, 1e6)
@@ -227,22 +189,21 @@ def test_where_memory_is_short_the_pass_is_whole_and_the_same(monkeypatch, cfg, 
     assert len(calls) == 3 * (1 + (cfg > 1)) + 3, "a whole pass has a ControlNet of its own"
     off = outcome(seg(shared_model(), reuse=False), **settings)
     require_equal(on, off, bitwise=True)
-    assert difference(on.latents, outcome(shared_model(), **settings).latents) > 1e-3
+    assert deviation(on.latents, outcome(shared_model(), **settings).latents) > 1e-3
 
 
 def test_memory_that_becomes_short_in_mid_run(monkeypatch):
     whole = outcome(seg(shared_model(), reuse=False))
-    memory, steps = MemoryShortage(monkeypatch, chunks=2), []
+    steps = []
 
+    @patched("sampler_post_cfg_function")
     def less_and_less(args):
         steps.append(1)
         if len(steps) == 2:
             set_free_memory(monkeypatch, 1e6)
         return args["denoised"]
 
-    model = memory.reach(seg(shared_model()))
-    model.set_model_sampler_post_cfg_function(less_and_less)
-    result = outcome(model)
+    result = outcome(less_and_less(with_room_for(monkeypatch, 2, seg(shared_model()))))
     assert (result.shared, result.because("memory")) == (2, 1)
     require_equal(result, whole)
 

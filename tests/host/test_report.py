@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
+import functools
 import importlib
 import logging
 import statistics
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,31 +23,33 @@ def part(name):
 @pytest.fixture(autouse=True)
 def calm_previews(monkeypatch):
     """Previews are files; the tests want none."""
-    monkeypatch.setattr(part("report").ui, "PreviewImage", lambda image, cls: Shown(image))
+    preview = lambda image, cls: SimpleNamespace(as_dict=lambda: {"images": [image]})  # noqa: E731
+    monkeypatch.setattr(part("report").ui, "PreviewImage", preview)
 
 
-class Shown:
-    def __init__(self, image):
-        self.image = image
+def probed(model):
+    """Return a watched clone and its probe, called as ComfyUI calls the node."""
+    return part("report").SEGuidanceProbe.execute(model)[:2]
 
-    def as_dict(self):
-        return {"images": [self.image]}
+
+def latents(model, **options):
+    return sample(model, size=SIZE, **options)
 
 
 def report(model, image=None, **options):
     """Return the report node's output on one run of a model."""
-    watched, probe = part("report").SEGuidanceProbe.execute(model)[:2]
-    samples = sample(watched, size=SIZE, **options)
+    watched, probe = probed(model)
+    samples = latents(watched, **options)
     return part("report").SEGuidanceReport.execute(probe, {"samples": samples}, image)
 
 
 def record_of(model, **options):
-    watched, probe = part("report").SEGuidanceProbe.execute(model)[:2]
-    return probe.record(sample(watched, size=SIZE, **options))[0]
+    watched, probe = probed(model)
+    return probe.record(latents(watched, **options))[0]
 
 
-def words(model, **options):
-    return part("report_text").summary(record_of(model, **options), 1, True)
+def words(record):
+    return part("report_text").summary(record, 1, True)
 
 
 def test_plots_are_a_dark_image_with_something_drawn_and_maps_stand_alone():
@@ -61,6 +65,22 @@ def test_plots_are_a_dark_image_with_something_drawn_and_maps_stand_alone():
     assert output.ui["text"] == (output[2],)
     assert maps.shape[0] == 1  # too few steps for thirds
     assert maps.shape[2] >= 500
+
+
+def test_it_says_what_was_held_and_which_cfg_the_result_is_nearest_to(caplog):
+    caplog.set_level(logging.INFO)
+    record = record_of(seg(shared_model(), every=3), steps=7, cfg=4.0)
+    said = words(record)
+    assert "held in 4 of 7 evaluations; off by" in said
+    assert [step.branches[0].held for step in record.steps] == 2 * [False, True, True] + [False]
+    line = next(message for message in caplog.messages if "effective cfg" in message)
+    cfg = statistics.mean(step.branches[0].effective_cfg for step in record.steps)
+    assert f"effective cfg {cfg:.3g} (" in line
+    assert f"nearest to that of cfg {cfg:.3g}; " in said
+    assert part("report_plots").plots(record).shape[1] > 1400, "a panel more"
+    alone = record_of(seg(shared_model(), every=2), steps=2, cfg=1.0)
+    assert "nearest" not in words(alone), "there is no cfg to compare with"
+    assert "held in 1 of 2 evaluations." in words(alone), "nothing was checked"
 
 
 def test_heat_maps_have_the_size_of_the_image_and_show_where():
@@ -81,33 +101,22 @@ def test_heat_is_brightest_where_guidance_was_strongest():
     assert bright[2 * 51, 7 * 51] > 4 * bright[5 * 51, 2 * 51]
 
 
-def test_more_frames_than_maps_are_matched_from_first_to_last():
-    below = part("report_maps")._below
-    image = torch.arange(9.0).reshape(9, 1, 1, 1).expand(9, 2, 2, 3)
-    assert [float(below(image, i, 3).mean()) for i in range(3)] == [0.0, 4.0, 8.0]
-    assert float(below(image[:1], 2, 3).mean()) == 0.0
-
-
-def test_the_summary_has_five_lines_that_say_what_ran_with_the_record_s_numbers():
+def test_the_summary_says_what_ran_with_the_record_s_numbers():
     record = record_of(seg(shared_model(), 3.0, 1.3), steps=3, cfg=4.0)
-    text = part("report_text").summary(record, 1, True)
-    lines = text.split("\n")
-    assert len(lines) == 5
-    for needed in ("3 steps", "Smoothed Energy Guidance", "m0", "scale 3"):
-        assert needed in lines[0]
-    assert "times the push of cfg" in lines[1]
-    assert "variance" in lines[2]
-    assert "Extra predictions: 3, of which 3 in the same model call" in lines[3]
-    assert "No warnings" in lines[4]
     steps = [step.branches[0] for step in record.steps]
-    cosine = sum(step.cosine for step in steps) / 3
-    times = sum(step.guidance / step.cfg for step in steps) / 3
-    assert f"{times:.2f} times" in text
-    assert f"cosine {cosine:+.2f}" in text
     blocks = [block for step in steps for block in step.blocks.values()]
-    before = sum(block.plain.logsumexp for block in blocks) / len(blocks)
-    after = sum(block.blurred.logsumexp for block in blocks) / len(blocks)
-    assert f"from {before:.2f} to {after:.2f}" in text
+    times = statistics.mean(step.guidance / step.cfg for step in steps)
+    before = statistics.mean(block.plain.logsumexp for block in blocks)
+    after = statistics.mean(block.blurred.logsumexp for block in blocks)
+    said = (
+        ("3 steps", "Smoothed Energy Guidance", "m0", "scale 3"),
+        (f"{times:.2f} times", f"cosine {statistics.mean(s.cosine for s in steps):+.2f}"),
+        ("variance", f"from {before:.2f} to {after:.2f}"),
+        ("Extra predictions: 3, of which 3 in the same model call",),
+        ("No warnings",),
+    )
+    for line, needed in zip(words(record).split("\n"), said, strict=True):
+        assert all(word in line for word in needed), line
 
 
 def test_time_is_that_of_whole_steps_and_compared_only_with_steps_of_the_same_run():
@@ -118,68 +127,95 @@ def test_time_is_that_of_whole_steps_and_compared_only_with_steps_of_the_same_ru
     assert len(plain) > 2
     expected = statistics.median(guided), statistics.median(plain[1:])
     assert part("report_text").times(record) == pytest.approx(expected)
-    text = part("report_text").summary(record, 1, True)
+    text = words(record)
     assert "a step without guidance" in text
     assert f"({expected[0] / expected[1]:.2f} times)" in text
-    text = words(seg(shared_model()), steps=2)
-    assert "infinite blur" in text
-    assert "no other step to compare it with" in text
-    assert "times)" not in text.split("\n")[4]
 
 
 CASES = {
-    "cfg 1": ({}, {"cfg": 1.0}, "no cfg to compare with"),
-    "no reuse": ({"reuse": False}, {}, "2 in passes of their own (2 because reuse is off)"),
-    "empty window": ({"start": 1.0}, {}, "had no effect"),
-    "free": ({"branch": "free"}, {}, "No extra prediction"),
-}
+    # what is special: the model, how it is sampled, what is said
+    "cfg 1": (seg, {"cfg": 1.0}, "no cfg to compare with"),
+    "no reuse": (
+        functools.partial(seg, reuse=False), {},
+        "2 in passes of their own (2 because reuse is off)",
+    ),
+    "no other step": (seg, {}, "no other step to compare it with"),
+    "empty window": (functools.partial(seg, start=1.0), {}, "had no effect"),
+    "free": (functools.partial(seg, branch="free"), {}, "No extra prediction"),
+    "not guided": (lambda model: model, {}, "No guidance of this pack is on the model."),
+    "one step": (lambda model: model, {"steps": 1}, "No attention was blurred."),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("settings", "options", "said"), CASES.values(), ids=CASES)
-def test_the_summary_says_what_is_special(settings, options, said):
-    text = words(seg(shared_model(), **settings), steps=2, **options)
+@pytest.mark.parametrize("case", CASES)
+def test_the_summary_says_what_is_special_and_plots_are_drawn(case):
+    model, options, said = CASES[case]
+    plots, maps, text = report(model(shared_model()), **{"steps": 2} | options)[:3]
     assert said in text
     assert len(text.split("\n")) == 5
+    assert plots.shape[-1] == 3
+    assert maps.shape[0] == 1
 
 
-def test_a_model_without_guidance_is_reported_as_such():
-    text = words(shared_model(), steps=2)
-    assert "No guidance of this pack is on the model." in text
-    assert "No attention was blurred." in text
-    assert "A step took" in text
+# Which run it tells of
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_runs_without_guidance_and_short_ones_are_drawn(steps):
-    for model in (shared_model(), seg(shared_model(), start=1.0)):
-        output = report(model, steps=steps)
-        assert output[0].shape[-1] == 3
-        assert output[1].shape[0] == 1
+def test_the_probe_may_stand_before_the_guidance_and_behind_another_one():
+    watched, probe = probed(shared_model())
+    guided = seg(watched)
+    samples = latents(guided, steps=1)
+    assert probe.record(samples)[0].steps[0].branches
+    again, second = probed(guided)
+    samples = latents(guided, steps=1)
+    assert second.record(samples) == (None, False), "the model that came in is not watched by it"
+    samples = latents(again, steps=1)
+    assert probe.record(samples)[1]
+    assert second.record(samples)[1]
+    assert (probe.runs, second.runs) == (3, 1)
 
 
-def test_another_latent_is_told_apart():
-    watched, probe = part("report").SEGuidanceProbe.execute(seg(shared_model()))[:2]
-    sample(watched, size=SIZE, steps=1)
+def test_a_latent_is_found_among_the_last_runs_and_not_among_older_ones():
+    watched, probe = probed(seg(shared_model()))
+    made = [latents(watched, steps=n, seed=n) for n in (1, 2, 3)]
+    for number, latent in enumerate(made, 1):
+        record, made_it = probe.record(latent)
+        assert made_it
+        assert record.number == len(record.steps) == number
+    record, made_it = probe.record(torch.zeros(1, 4, *SIZE))
+    assert not made_it
+    assert record.number == 3
+    for seed in (4, 5, 6):
+        latents(watched, steps=1, seed=seed)
+    assert probe.record(made[0])[1] is False
+    assert probe.runs == 6
+
+
+def test_a_run_that_fails_leaves_the_last_record():
+    watched, probe = probed(seg(shared_model()))
+    kept = latents(watched, steps=1)
+    broken = watched.clone()
+
+    def fail(args):
+        raise RuntimeError("stopped")
+
+    broken.set_model_sampler_post_cfg_function(fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        latents(broken, steps=1)
+    assert probe.record(kept)[1]
+    assert probe.runs == 1
+
+
+def test_another_latent_and_a_probe_that_saw_nothing_are_told():
+    watched, probe = probed(seg(shared_model()))
     other = {"samples": torch.zeros(1, 4, *SIZE)}
+    with pytest.raises(ValueError, match="Connect the model output of SEG Probe"):
+        part("report").SEGuidanceReport.execute(probe, other)
+    latents(watched, steps=1)
     assert "it did not make this latent" in part("report").SEGuidanceReport.execute(probe, other)[2]
 
 
-def test_a_probe_that_saw_nothing_is_an_error_that_says_what_to_connect():
-    nodes = part("report")
-    _, probe = nodes.SEGuidanceProbe.execute(shared_model())[:2]
-    with pytest.raises(ValueError, match="Connect the model output of SEG Probe"):
-        nodes.SEGuidanceReport.execute(probe, {"samples": torch.zeros(1, 4, *SIZE)})
-
-
 def test_without_matplotlib_the_error_says_how_to_install_it(monkeypatch):
-    importer = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return importer(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match="pip install matplotlib"):
         part("report_plots").require_matplotlib()
 
@@ -189,11 +225,5 @@ def test_a_guided_run_ends_in_one_line_with_blocks_steps_passes_and_time(caplog)
     sample(seg(shared_model()), size=SIZE, steps=3)
     (line,) = [r for r in caplog.records if r.name.startswith(PACK)]
     assert line.levelno == logging.INFO
-    for needed in (
-        "m0",
-        "3 of 3 model evaluations guided",
-        "3 in the same model call",
-        "0 in extra passes",
-        "ms per eval",
-    ):
-        assert needed in line.message
+    said = "3 of 3 model evaluations guided, 3 in the same model call, 0 in extra passes"
+    assert all(needed in line.message for needed in ("m0", *said.split(", "), "ms per eval"))

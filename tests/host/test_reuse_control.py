@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import comfy.controlnet
 import pytest
 import torch
@@ -15,44 +17,44 @@ from host_models import (
     tiny_controlnet,
     with_controlnet,
 )
-from neighbours import WRAPPERS, wrapped
+from host_oracle import deviation
 from reuse_checks import (
-    MemoryShortage,
     adapter,
     both,
     control_net,
-    controlled,
-    controlled_pair,
-    difference,
     outcome,
     require_equal,
     require_reference,
+    with_room_for,
 )
+from stand_ins import WRAPPERS, wrapped
 
 STEPS = 3
 PROMPTS = (conditioning(1), conditioning(2))
 
 
-def one(**settings):
+def one(**attributes):
     """Return both prompts under one ControlNet, and its evaluations."""
     control, calls = control_net()
-    return controlled_pair(*PROMPTS, control, **settings), [calls]
+    pair = with_controlnet(*PROMPTS, control, strength=0.8)
+    for name, value in attributes.items():
+        setattr(pair[0][0][1]["control"], name, value)
+    return pair, [calls]
 
 
 def chain():
-    first, second, third = control_net(seed=5), control_net(seed=6), adapter()
+    """Each side of cfg has objects of its own."""
+    first, second = control_net(seed=5), control_net(seed=6)
     pair = PROMPTS
-    for (control, _), strength in ((first, 0.7), (third, 0.6), (second, 0.5)):
-        pair = [controlled(conds, control, strength=strength) for conds in pair]
+    for control, strength in ((first[0], 0.7), (adapter(), 0.6), (second[0], 0.5)):
+        pair = [with_controlnet(conds, [], control, strength=strength)[0] for conds in pair]
     return pair, [first[1], second[1]]
 
 
 def one_after_the_other():
     first, second = control_net(seed=5), control_net(seed=6)
-    pair = PROMPTS
-    for (control, _), percent in ((first, (0.0, 0.5)), (second, (0.5, 1.0))):
-        pair = [controlled(conds, control, percent=percent) for conds in pair]
-    return pair, [first[1], second[1]]
+    pair = with_controlnet(*PROMPTS, first[0], end=0.5)
+    return with_controlnet(*pair, second[0], start=0.5), [first[1], second[1]]
 
 
 def on_masks_and_areas():
@@ -61,26 +63,27 @@ def on_masks_and_areas():
     positive = conditioning(1) + conditioning(3, area=(4, 8, 4, 0), strength=1.0)
     negative = conditioning(2) + conditioning(4, mask=half, mask_strength=0.9)
     control, calls = control_net()
-    return controlled_pair(positive, negative, control), [calls]
+    return with_controlnet(positive, negative, control), [calls]
 
 
 def on_one_cond_alone():
     control, calls = control_net()
-    return (controlled(conditioning(1), control) + conditioning(3), conditioning(2)), [calls]
+    positive, _ = with_controlnet(conditioning(1), [], control)
+    return (positive + conditioning(3), conditioning(2)), [calls]
 
 
 def hints_of_two():
-    control, calls = control_net()
-    control.set_cond_hint(noise_like((2, 3, 64, 64), 7).sigmoid(), 0.8)
-    return [[[e, {**v, "control": control}] for e, v in conds] for conds in PROMPTS], [calls]
+    pair, calls = one()
+    pair[0][0][1]["control"].set_cond_hint(noise_like((2, 3, 64, 64), 7).sigmoid(), 0.8)
+    return pair, calls
 
 
 CONTROLS = {
     "one": one,
     "a chain": chain,
     "one after the other": one_after_the_other,
-    "one that starts late": lambda: one(percent=(0.4, 1.0)),
-    "one that ends early": lambda: one(percent=(0.0, 0.4)),
+    "one that starts late": lambda: one(timestep_percent_range=(0.4, 1.0)),
+    "one that ends early": lambda: one(timestep_percent_range=(0.0, 0.4)),
     "a rising strength": lambda: one(strength_type=comfy.controlnet.StrengthType.LINEAR_UP),
     "averaged over the image": lambda: one(global_average_pooling=True),
     "strength 0": lambda: one(strength=0.0),
@@ -109,22 +112,27 @@ def test_a_controlnet_is_evaluated_once_and_acts_on_both_predictions(name, cfg, 
     assert on.controls == 0
     assert on.reasons == set()
     require_equal(on, off, bitwise=cfg == 1.0 and batch == 1)
-    assert difference(on.latents, plain.latents) > 1e-3
+    assert deviation(on.latents, plain.latents) > 1e-3
     bare = outcome(seg(shared_model(), blocks=blocks), cfg=cfg, steps=STEPS, batch=batch)
-    assert difference(on.latents, bare.latents) > 1e-3 or name == "strength 0"
+    assert deviation(on.latents, bare.latents) > 1e-3 or name == "strength 0"
 
 
-@pytest.mark.parametrize(*each(blocks=["d1", "middle", "u1"], middle=[False, True]))
-def test_a_t2i_adapter(middle, blocks):
-    control, _ = adapter(middle=middle)
-    pair = controlled_pair(*PROMPTS, control)
-    on, off = both(
-        lambda: shared_model("sd15"), positive=pair[0], negative=pair[1], options={"blocks": blocks}
-    )
+@pytest.mark.parametrize(
+    *each(blocks=["d1", "middle", "u1"], middle=[False, True], cut=[False, True])
+)
+def test_a_t2i_adapter(monkeypatch, middle, blocks, cut):
+    """It has one residual for a batch; cut conds meet in other calls of a whole pass."""
+    positive = conditioning(1) + conditioning(3)
+    positive, negative = with_controlnet(positive, PROMPTS[1], adapter(middle=middle))
+    settings = {"positive": positive, "negative": negative, "batch": 2}
+    model = shared_model("sd15")
+    if cut:
+        model = with_room_for(monkeypatch, 4, model)
+    on, off = both(lambda: model, options={"blocks": blocks}, **settings)
     assert (on.shared, on.reasons, on.controls) == (3, set(), 0)
     require_equal(on, off)
-    bare = outcome(seg(shared_model("sd15"), blocks=blocks))
-    assert difference(on.latents, bare.latents) > 1e-3
+    bare = outcome(seg(model, blocks=blocks), **settings | {"positive": PROMPTS[0] * 2})
+    assert deviation(on.latents, bare.latents) > 1e-3
 
 
 @pytest.mark.parametrize(*pairs(kind=["sd15", "sdxl"], cfg=[1.0, 5.0], reuse=[True, False]))
@@ -138,33 +146,20 @@ def test_the_controlled_run_is_the_dense_reference(kind, cfg, reuse):
     )
 
 
-@pytest.mark.parametrize("chunks", [2, 3])
-def test_conds_cut_in_chunks(monkeypatch, chunks):
-    memory = MemoryShortage(monkeypatch, chunks=chunks)
+@pytest.mark.parametrize("conds", [2, 3])
+def test_conds_cut_in_several_calls(monkeypatch, conds):
     control, calls = control_net()
-    pair = controlled_pair(conditioning(1) + conditioning(3), conditioning(2), control)
-    on, off = both(lambda: memory.reach(shared_model().clone()), positive=pair[0], negative=pair[1])
+    pair = with_controlnet(conditioning(1) + conditioning(3), conditioning(2), control)
+    cut = functools.partial(with_room_for, monkeypatch, conds, shared_model())
+    on, off = both(cut, positive=pair[0], negative=pair[1])
     assert sum(calls) == 3 * 3 + 3 * (3 + 2)
     assert on.controls == 0
     require_equal(on, off)
 
 
-def test_one_residual_for_a_batch_is_joined_row_by_row(monkeypatch):
-    # The main pass sees the positive conds in different calls, the perturbed pass in one.
-    control, _ = adapter(middle=True)
-    pair = controlled_pair(conditioning(1) + conditioning(3), conditioning(2), control)
-    memory = MemoryShortage(monkeypatch, chunks=4)
-    on, off = both(
-        lambda: memory.reach(shared_model("sd15").clone()), positive=pair[0], negative=pair[1],
-        batch=2,
-    )  # fmt: skip
-    assert (on.shared, on.reasons) == (3, set())
-    require_equal(on, off)
-
-
 def test_two_branches_on_both_sides_reuse_it():
     control, calls = control_net()
-    pair = controlled_pair(*PROMPTS, control)
+    pair = with_controlnet(*PROMPTS, control)
 
     def guided(model, reuse):
         first = seg(model, 2.0, branch="unconditional", reuse=reuse)
@@ -179,14 +174,14 @@ def test_two_branches_on_both_sides_reuse_it():
 def test_who_looks_at_the_conds_of_a_call_sees_the_controlnet():
     seen = []
 
-    def look(executor, model, conds, *rest):
+    @wrapped(WRAPPERS.CALC_COND_BATCH)
+    def looking(executor, model, conds, *rest):
         for cond in (cond for side in conds for cond in side or ()):
             seen.append(isinstance(cond["control"], comfy.controlnet.ControlNet))
             assert cond["control"].strength == 0.8
         return executor(model, conds, *rest)
 
     positive, negative = one()[0]
-    model = wrapped(WRAPPERS.CALC_COND_BATCH, look)(seg(shared_model()))
-    sample(model, positive=positive, negative=negative)
+    sample(looking(seg(shared_model())), positive=positive, negative=negative)
     assert all(seen)
     assert len(seen) == 2 * 3

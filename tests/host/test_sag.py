@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 import math
 
 import comfy.model_base
@@ -13,9 +11,10 @@ import torch
 from choice import each, some
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from family_oracle import blurred_where_attended, guide
-from host_models import conditioning, counted_calls, sample, seg, shared_model
-from host_oracle import deviation
+from dit_oracle import CORE, exact_dit, sampled
+from family_oracle import blurred_where_attended, drawn, guide
+from host_models import conditioning, context_windows, counted_calls, sample, shared_model
+from host_oracle import deviation, heads_apart
 
 sag = functools.partial(guide, "SAG", scale=0.5)
 SIZE = (16, 16)
@@ -72,12 +71,6 @@ def test_cfg_one_costs_two_passes_and_no_effect_none(caplog):
 # The formula written out, with a whole map.
 
 
-def dense_mass(q, k, heads):
-    """Column sums of a whole softmax map, averaged over heads."""
-    q, k = (t.double().unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
-    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean(1).sum(1)
-
-
 def enlarged(mass, size):
     """Show each token of the middle grid at its place of the latent."""
     height, width = (-(-n // 2) for n in size)
@@ -90,8 +83,10 @@ def recorded(model, seen):
     """Return a model that notes the attention of its middle block, and the window it was in."""
 
     def record(q, k, v, extra):
-        seen.append((dense_mass(q, k, extra["n_heads"]), extra.get("context_window")))
-        return optimized_attention(q, k, v, extra["n_heads"])
+        heads = extra["n_heads"]
+        mass = drawn(heads_apart(q, heads), heads_apart(k, heads))
+        seen.append((mass, extra.get("context_window")))
+        return optimized_attention(q, k, v, heads)
 
     model = model.clone()
     model.set_model_attn1_replace(record, "middle", 0, 0)
@@ -123,13 +118,25 @@ def test_areas_use_the_mask_of_their_own_prompt():
     assert deviation(sample(sag(shared_model()), **one), sample(reference, **one)) < 1e-5
 
 
-def test_everywhere_is_a_threshold_of_nothing():
-    model = shared_model()
-    everywhere = sample(sag(model, mask="everywhere"), size=SIZE)
-    assert deviation(everywhere, sample(sag(model, threshold=0.0), size=SIZE)) < 1e-5
-    assert deviation(sample(sag(model, threshold=100.0)), sample(model)) < 1e-6
+@pytest.mark.parametrize("kind", ["sdxl", *CORE])
+def test_a_threshold_of_nothing_blurs_everywhere_and_a_high_one_nowhere(kind):
+    if kind == "sdxl":
+        model, run = shared_model(), functools.partial(sample, steps=1, cfg=1.0)
+    else:
+        model, run = exact_dit(kind), functools.partial(sampled, kind=kind, steps=1, cfg=1.0)
+    everywhere, low, middle, high, plain = map(
+        run,
+        (sag(model, mask="everywhere"), sag(model, threshold=0.0), sag(model),
+         sag(model, threshold=100.0), model),
+    )  # fmt: skip
+    assert deviation(low, everywhere) < 1e-5
+    assert deviation(middle, everywhere) > 1e-3
+    assert deviation(high, plain) < 1e-6
+
+
+def test_an_unknown_mask_is_an_error_that_lists_what_there_is():
     with pytest.raises(ValueError, match=r"attention.*everywhere"):
-        sag(model, mask="nowhere")
+        sag(shared_model(), mask="nowhere")
 
 
 def test_a_batch_mate_does_not_change_an_image():
@@ -141,33 +148,7 @@ def test_a_batch_mate_does_not_change_an_image():
     assert deviation(both[:1], alone) < 1e-5
 
 
-@pytest.mark.parametrize(*each(order=["before", "after"], cfg=[7.0, 1.0]))
-def test_beside_seg_the_guidances_add(order, cfg):
-    model, one = shared_model(), {"cfg": cfg, "steps": 1, "size": SIZE}
-    both = sag(seg(model)) if order == "after" else seg(sag(model))
-    off, first, second, both = (sample(m, **one) for m in (model, seg(model), sag(model), both))
-    assert deviation(both, first + second - off) < 1e-5
-
-
-def test_beside_cores_own_nodes_every_guidance_stays():
-    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-
-    model, one = shared_model(), {"cfg": 7.0, "steps": 1, "size": SIZE}
-    core = core_sag(PerturbedAttentionGuidance.execute(model, 2.0)[0])
-    added = sample(sag(core), **one) - sample(core, **one)
-    assert deviation(added, sample(sag(model), **one) - sample(model, **one)) < 1e-4
-
-
 # Windows of a clip.
-
-
-def windows(model, fuse="pyramid"):
-    """Return a model under the host's node that cuts a clip in windows of four, two shared."""
-    node = importlib.import_module("comfy_extras.nodes_context_windows").ContextWindowsManualNode
-    known = inspect.signature(node.execute).parameters
-    extra = {"causal_window_fix": False} if "causal_window_fix" in known else {}
-    settings = (4, 2, "standard_static", 1, False, fuse, 0, False)
-    return node.execute(model, *settings, **extra)[0]
 
 
 def nearness(frames, _last):
@@ -214,7 +195,7 @@ def test_each_windows_attention_is_weighed_as_its_prediction(fuse):
 
     reference = blurred_where_attended(recorded(model, seen), attention, 0.5, 2.0)
     one = {"batch": frames, "size": SIZE, "steps": 1, "cfg": 1.0}
-    expected = sample(windows(reference, fuse), **one)
-    assert deviation(sample(windows(sag(model), fuse), **one), expected) < 1e-4
+    expected = sample(context_windows(reference, fuse), **one)
+    assert deviation(sample(context_windows(sag(model), fuse), **one), expected) < 1e-4
     wrong = {"flat": "relative"}.get(fuse, "flat")
-    assert deviation(sample(windows(sag(model), wrong), **one), expected) > 1e-3
+    assert deviation(sample(context_windows(sag(model), wrong), **one), expected) > 1e-3

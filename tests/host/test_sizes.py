@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 
 import pytest
 import torch
 from choice import some
-from host_models import PACK, sample, seg, shared_model, tiny_model
+from host_models import PACK, noise_like, sample, seg, shared_model, tiny_model
 from host_oracle import deviation, deviation_of_node
+from unit.oracles import blur_matrix
 
 # Appendix I of the SDXL report, arXiv:2307.01952: height, width in pixels.
 BUCKETS = [
@@ -45,27 +45,12 @@ SOME = ("2048x512", "640x1600", "1152x896", "1024x1024", "512x1536", "256x2304",
 
 @pytest.mark.parametrize("name", some(LATENTS, *SOME))
 def test_node_guides_a_latent_whose_middle_grid_is_that_of_sdxl(name):
-    size = LATENTS[name]
     # The tiny network halves once and SDXL twice, so half of SDXL's latent has SDXL's middle grid.
-    latent = tuple(n // 16 for n in size)
-    grids, seen = set(), []
-
-    def watch_tokens(query, context, value, extra_options):
-        grids.add(query.shape[1])
-        return query, context, value
-
-    def watch_results(args):
-        seen.append(args["denoised"])
-        return args["denoised"]
-
-    model = middle_only().clone()
-    model.set_model_sampler_post_cfg_function(watch_results)
-    model = seg(model, sigma=10.0)
-    model.set_model_attn1_patch(watch_tokens)
-    model.set_model_sampler_post_cfg_function(watch_results)
-    sample(model, size=latent, steps=1, cfg=1.0)
-    plain, guided = seen
-    assert grids == {(size[0] // 32) * (size[1] // 32)}
+    size = tuple(n // 16 for n in LATENTS[name])
+    model = middle_only()
+    plain, guided = (
+        sample(m, size=size, steps=1, cfg=1.0) for m in (model, seg(model, sigma=10.0))
+    )
     assert torch.isfinite(guided).all()
     assert deviation(guided, plain) > 1e-6
 
@@ -87,29 +72,14 @@ def test_one_token_has_nothing_to_blur(latent):
     assert torch.allclose(found, sample(model, size=latent, steps=1, batch=2), rtol=1e-6)
 
 
-def blurred_by_convolution(image, sigma):
-    """Blur as the released code does, with the kernel cut to each axis, by a 2-D convolution."""
-    kernels = []
-    for size in image.shape[-2:]:
-        taps = math.ceil(6 * sigma)
-        taps = min(taps + 1 - taps % 2, size + 1 - size % 2)
-        line = torch.arange(taps, dtype=torch.float64) - taps // 2
-        weights = torch.exp(-0.5 * (line / sigma) ** 2)
-        kernels.append(weights / weights.sum())
-    kernel = torch.outer(*kernels).expand(image.shape[1], 1, -1, -1)
-    tall, wide = (len(k) // 2 for k in kernels)
-    padded = torch.nn.functional.pad(image, (wide, wide, tall, tall), mode="reflect")
-    return torch.nn.functional.conv2d(padded, kernel, groups=image.shape[1])
-
-
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 4.0, 10.0])
-def test_blur_on_each_true_middle_grid_is_a_convolution_with_mirrored_border(sigma):
+def test_rows_and_columns_of_each_true_middle_grid_are_blurred(sigma):
     blur_queries = importlib.import_module(PACK + ".seg_core").blur_queries
+    blur = functools.cache(lambda size: blur_matrix(size, sigma, "reference"))
     for name, size in LATENTS.items():
         height, width = (n // 32 for n in size)
-        generator = torch.Generator().manual_seed(height * 100 + width)
-        image = torch.randn(1, 3, height, width, generator=generator, dtype=torch.float64)
+        image = noise_like((1, 3, height, width)).double()
         query = image.flatten(2).transpose(1, 2)
         ours = blur_queries(query, (height, width), sigma).transpose(1, 2).reshape(image.shape)
-        expected = blurred_by_convolution(image, sigma)
+        expected = blur(height) @ image @ blur(width).T
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12, msg=name)

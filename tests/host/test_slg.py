@@ -7,26 +7,15 @@ import importlib
 import pytest
 import torch
 from choice import some
-from dit_models import KINDS, sample_dit, tiny_dit
-from dit_oracle import float64_rotary, selector, shape_of
+from dit_models import KINDS, tiny_dit
+from dit_oracle import CELLS, CORE, exact_dit, sampled, selector, shape_of
 from family_oracle import guide
 from host_models import PACK
 from host_oracle import deviation
 
 EXACT = 1e-6
 SCALE = 1.0
-CELLS = (3, 4)
 LISTED = ("sd3", "flux", "chroma", "qwen", "hunyuan_video", "aura", "wan")
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with float64_rotary():
-        yield
-
-
-def sampled(model, kind, steps=2, **options):
-    return sample_dit(model, kind, shape_of(kind, CELLS), steps=steps, **options)
 
 
 def cores_node(model, **widgets):
@@ -37,7 +26,7 @@ def cores_node(model, **widgets):
 
 @pytest.mark.parametrize("kind", some([k for k in KINDS if k in LISTED], "sd3", "flux"))
 def test_cores_node_gives_the_same_at_its_settings(kind):
-    model = tiny_dit(kind, dtype=torch.float64)
+    model = exact_dit(kind)
     blocks = selector(model, kind, [1, 2] if kind != "aura" else [0, 1])
     lists = {"double_layers": [], "single_layers": []}
     for name in blocks.split(","):
@@ -47,7 +36,7 @@ def test_cores_node_gives_the_same_at_its_settings(kind):
     theirs = cores_node(model, scale=SCALE, start_percent=0.0, end_percent=1.0, **lists)
     ours = guide("SLG", model, SCALE, blocks=blocks)
     steps = 1 if kind == "wan" else 2  # the host embeds its patches in float32
-    mine, theirs, plain = (sampled(m, kind, steps, cfg=1.5) for m in (ours, theirs, model))
+    mine, theirs, plain = (sampled(m, kind, steps=steps, cfg=1.5) for m in (ours, theirs, model))
     assert deviation(mine, theirs) < EXACT
     assert deviation(mine, plain) > 1e-2
 
@@ -65,14 +54,21 @@ def test_the_defaults_are_those_of_cores_node_on_sd35():
     assert deviation(mine, plain) > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("kind", "depth", "blocks"),
-    [("ltxv", 28, "14, 19"), ("wan", 30, "10"), ("ltxv", 10, "3-4"),
-     ("flux", 0, "double.1, single.0")],
-)  # fmt: skip
-def test_auto_of_skipped_blocks(kind, depth, blocks):
-    model = tiny_dit(kind, **({"num_layers": depth} if depth else {}))
-    auto, named = (sampled(guide("SLG", model, blocks=b), kind, steps=1) for b in ("auto", blocks))
+AUTO = [
+    ("SLG", "ltxv", 28, "14, 19"),
+    ("SLG", "wan", 30, "10"),
+    ("SLG", "ltxv", 10, "3-4"),
+    ("SLG", "flux", None, "double.1, single.0"),
+    *(("SAG", kind, None, "double.1" if kind == "flux" else "1") for kind in CORE),
+]
+
+
+@pytest.mark.parametrize(("method", "kind", "depth", "blocks"), AUTO)
+def test_auto_is_what_the_help_says(method, kind, depth, blocks):
+    model = tiny_dit(kind, num_layers=depth) if depth else tiny_dit(kind)
+    auto, named = (
+        sampled(guide(method, model, blocks=chosen), kind, steps=1) for chosen in ("auto", blocks)
+    )
     assert torch.equal(auto, named)
 
 
@@ -81,3 +77,19 @@ def test_the_order_of_tokens_is_the_seeds_and_the_same_in_each_run():
     first, again, other = (sampled(model, "flux", seed=seed, noise=noise) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert deviation(first, other) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "scale"), [("ltxv", "auto", 1), ("wan", "random", 0.25)]
+)
+def test_a_default_that_others_found_too_high_is_said_once_and_kept(kind, blocks, scale, caplog):
+    importlib.import_module(PACK + ".nodes.slg")._advise.cache_clear()
+    caplog.set_level("INFO")
+    for _ in range(2):
+        guided = guide("SLG", tiny_dit(kind), 3.0, blocks=blocks)
+    guide("SLG", tiny_dit(kind), 2.0, blocks=blocks)
+    said = [message for message in caplog.messages if "try scale" in message]
+    assert len(said) == 1
+    assert f"try scale {scale:g}, " in said[0]
+    function = guided.model_options["sampler_post_cfg_function"][-1]
+    assert function.branch.scale == 3.0

@@ -3,47 +3,80 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
-from choice import each, some
-from family_oracle import guide
-from host_models import shared_model
-from no_op import NOTHING, hardly, nothing, pushed, refused_or_latents
-from reuse_checks import difference, outcome
-from surroundings import (
-    asserts_labels,
-    asserts_rows,
-    first_of_each_half,
-    first_row_of_each_label,
-    first_rows,
-    halves_apart,
-    longer_keys,
-    masks_by_label,
-    mean_of_all_rows,
-    normalised_over_rows,
-    windowed,
-)
+import surroundings as code
+import torch
+from choice import each
+from dit_models import available, prompt, sample_dit, tiny_dit
+from dit_oracle import float64_rotary, shape_of
+from family_oracle import guide, transformer_blocks
+from host_models import noise_like, sample, shared_model
+from host_oracle import deviation
+from neighbours import KINDS
+from no_op import ACTS, NOTHING, hardly, nothing, refused_or_latents
 
-SETTINGS = {"size": (6, 8), "steps": 2}
-UNETS = {
-    "keys of each half's first": (first_of_each_half, [(7.0, 1), (7.0, 2), (7.0, 3), (1.0, 2)]),
-    "keys drawn to all rows": (mean_of_all_rows, [(7.0, 1), (1.0, 2), (7.0, 3)]),
-    "queries normalised by the first row": (normalised_over_rows, [(7.0, 1), (1.0, 3)]),
-    "halves pushed apart": (halves_apart, [(7.0, 1), (7.0, 3), (1.0, 2)]),
-    "at most two labels": (asserts_labels(1, 2), [(7.0, 1), (7.0, 2)]),
-    "one label": (asserts_labels(1), [(1.0, 1), (1.0, 2)]),
-    "exactly two labels": (asserts_labels(2), [(7.0, 1)]),
-    "one row": (asserts_rows(1), [(1.0, 1)]),
-    "two rows": (asserts_rows(2), [(7.0, 1), (1.0, 2)]),
-    "a mask for each label": (masks_by_label, [(7.0, 2), (1.0, 1)]),
-    "the first row of each label": (first_row_of_each_label, [(7.0, 1), (7.0, 2), (1.0, 2)]),
-    "the first two rows": (first_rows(2), [(7.0, 1), (1.0, 2)]),
-    "the first row": (first_rows(1), [(1.0, 1)]),
+NAG = KINDS["attention made of both sides"]
+CODES = {  # name: network, code, and the plain calls for which it is right, by cfg and batch
+    "keys of each half's first": (
+        "sdxl", code.first_of_each_half, [(7.0, 1), (7.0, 2), (7.0, 3), (1.0, 2)],
+    ),
+    "keys drawn to all rows": ("sdxl", code.mean_of_all_rows, [(7.0, 1), (1.0, 2), (7.0, 3)]),
+    "halves pushed apart": ("sdxl", code.halves_apart, [(7.0, 1), (7.0, 3), (1.0, 2)]),
+    "at most two labels": ("sdxl", code.asserts_labels(1, 2), [(7.0, 1), (7.0, 2)]),
+    "one label": ("sdxl", code.asserts_labels(1), [(1.0, 1), (1.0, 2)]),
+    "exactly two labels": ("sdxl", code.asserts_labels(2), [(7.0, 1)]),
+    "one row": ("sdxl", code.asserts_rows(1), [(1.0, 1)]),
+    "two rows": ("sdxl", code.asserts_rows(2), [(7.0, 1), (1.0, 2)]),
+    "the first row of each label": (
+        "sdxl", code.first_row_of_each_label, [(7.0, 1), (7.0, 2), (1.0, 2)],
+    ),
+    "the first two rows": ("sdxl", code.first_rows(2), [(7.0, 1), (1.0, 2)]),
+    "the first row": ("sdxl", code.first_rows(1), [(1.0, 1)]),
+    "attention over all rows": (
+        "flux", code.override_over_rows, [(4.0, 1), (1.0, 2), (4.0, 3)],
+    ),
+    "a block of one row": ("flux", code.block_of_one_row, [(1.0, 1)]),
+    "a style of one row": ("flux", code.style_of_one_row, [(1.0, 1)]),
+    "a sound of one row": ("wan", code.sound_of_one_row, [(1.0, 1)]),
+    "attention made of both sides": ("flux", NAG, [(4.0, 2), (1.0, 2)]),
+    "the same in Chroma": ("chroma", NAG, [(4.0, 2)]),
+    "the same in Krea 2": ("krea2", NAG, [(4.0, 2)]),
 }  # fmt: skip
+CODES = {name: row for name, row in CODES.items() if row[0] == "sdxl" or available(row[0])}
 # Code that cannot even run without the other side of cfg may be refused by name.
 MAY_BE_REFUSED = {("exactly two labels", 7.0), ("two rows", 7.0)}
-UNET_CASES = [(name, *case) for name, (_, cases) in UNETS.items() for case in cases]
-FIRST_CASES = [(name, *cases[0]) for name, (_, cases) in UNETS.items()]
+CASES = [(name, *case) for name, (_, _, cases) in CODES.items() for case in cases]
+FIRST_CASES = [(name, *cases[0]) for name, (_, _, cases) in CODES.items()]
+
+
+@functools.cache
+def model_of(kind):
+    """Return a tiny model in float64 that tests share; clone it, never change it."""
+    return shared_model(kind) if kind == "sdxl" else tiny_dit(kind, dtype=torch.float64)
+
+
+def sampling(kind, cfg, batch=1, **settings):
+    """Return what samples from a model of a kind."""
+    if kind == "sdxl":
+        return functools.partial(sample, size=(6, 8), cfg=cfg, batch=batch, **settings)
+
+    def run(model):
+        with float64_rotary():
+            return sample_dit(model, kind, shape_of(kind, (3, 4), batch=batch), cfg=cfg, **settings)
+
+    return run
+
+
+@functools.cache
+def alone(name, cfg, batch):
+    """Return the latents beside some code, without guidance; the code must act."""
+    kind, around, _ = CODES[name]
+    run = sampling(kind, cfg, batch)
+    latents = run(around(model_of(kind)))
+    assert deviation(latents, run(model_of(kind))) > ACTS
+    return latents
 
 
 def one_call_or_the_first(case, reuse):
@@ -51,67 +84,19 @@ def one_call_or_the_first(case, reuse):
     return reuse or case in FIRST_CASES[::3]
 
 
-def unet_run(cfg, batch):
-    """Return what samples from a model of a UNet."""
-    return lambda model: outcome(model, **SETTINGS, cfg=cfg, batch=batch).latents
-
-
-@functools.cache
-def unet_alone(name, cfg, batch):
-    """Return the latents beside some code, without guidance; the code must act."""
-    run = unet_run(cfg, batch)
-    alone = run(UNETS[name][0](shared_model()))
-    acts = difference(alone, run(shared_model()))
-    assert acts > 1e-3
-    return alone
-
-
 @pytest.mark.parametrize(
-    *each(None, one_call_or_the_first, case=UNET_CASES, reuse=(True, False)), ids=str
+    *each(None, one_call_or_the_first, case=CASES, reuse=(True, False)), ids=str
 )
 def test_code_that_is_right_for_the_plain_batch_alone_is_pushed_nowhere(case, reuse):
     name, cfg, batch = case
-    around, run, may_refuse = UNETS[name][0], unet_run(cfg, batch), (name, cfg) in MAY_BE_REFUSED
-    models = [around(nothing(shared_model(), reuse))]
-    if reuse:
-        models += [nothing(around(shared_model()), reuse), around(hardly(shared_model()))]
-    for model in models:
-        by = pushed(run, model, unet_alone(*case), may_refuse=may_refuse)
-        assert by <= NOTHING
-
-
-@pytest.mark.parametrize(
-    *each(
-        method=["SEG", "TPG", "SLG"],
-        name=["keys of each half's first", "the first row of each label"],
-    )
-)
-def test_one_call_and_whole_passes_agree_beside_code_that_knows_the_plain_batch(name, method):
-    run, around = unet_run(7.0, 2), UNETS[name][0]
-    one, whole = (
-        run(guide(method, around(shared_model()), 3.0, reuse=reuse, blocks="d0,m0"))
-        for reuse in (True, False)
-    )
-    apart = difference(one, whole)
-    assert apart <= NOTHING
-    acts = difference(one, unet_alone(name, 7.0, 2))
-    assert acts > 1e-3
-
-
-# Keys of a block that others lengthen, rows that they multiply.
-
-
-def test_keys_that_a_patch_adds_to_a_changed_block_are_exact_or_refused():
-    run = unet_run(7.0, 1)
-    alone = run(longer_keys(shared_model()))
-    for reuse in (True, False):
-        by = pushed(run, longer_keys(nothing(shared_model(), reuse)), alone, may_refuse=True)
-        assert by <= NOTHING
-    one, whole = (
-        run(longer_keys(guide("SEG", shared_model(), 3.0, reuse=r))) for r in (True, False)
-    )
-    assert difference(one, whole) <= NOTHING
-    assert difference(one, alone) > 1e-3
+    kind, around, _ = CODES[name]
+    run, model = sampling(kind, cfg, batch), model_of(kind)
+    for guided in (around(nothing(model, reuse)), hardly(around(model), reuse=reuse)):
+        found = refused_or_latents(run, guided)
+        if found is None:
+            assert (name, cfg) in MAY_BE_REFUSED
+        else:
+            assert deviation(found, alone(*case)) <= NOTHING
 
 
 METHODS = {
@@ -119,34 +104,79 @@ METHODS = {
     "PAG": ("PAG", {}),
     "heads": ("PAG", {"blocks": "m0:h1"}),
     "attention": ("SLG", {"what": "attention"}),
-    "TPG": ("TPG", {"blocks": "m0"}),
-    "SLG": ("SLG", {"blocks": "m0"}),
+    "TPG": ("TPG", {"blocks": "d0,m0"}),
+    "SLG": ("SLG", {"blocks": "d0,m0"}),
+}
+IN_THE_BLOCK = {
+    "windows": code.windowed,
+    "longer keys": code.longer_keys,
+    "keys of each half's first": code.first_of_each_half,
+    "the first row of each label": code.first_row_of_each_label,
 }
 
 
-@pytest.mark.parametrize(*each(method=METHODS, cfg=(7.0, 1.0)))
-def test_windows_in_a_changed_block_give_an_exact_result_or_a_refusal(method, cfg):
-    name, widgets = METHODS[method]
-    run = unet_run(cfg, 1)
-    alone = run(windowed(shared_model()))
-    for reuse in (True, False):
-        barely = guide(name, windowed(shared_model()), 1e-6, reuse=reuse, **widgets)
-        by = pushed(run, barely, alone, may_refuse=True)
-        assert by <= 1e-4
-    one, whole = (
-        refused_or_latents(run, guide(name, windowed(shared_model()), 3.0, reuse=reuse, **widgets))
-        for reuse in (True, False)
+@pytest.mark.parametrize(
+    *each(
+        None, lambda around, cfg, **_: around == "windows" and cfg > 1,
+        method=METHODS, around=IN_THE_BLOCK, cfg=(7.0, 1.0),
     )
+)  # fmt: skip
+def test_code_in_a_changed_block_gives_an_exact_result_or_a_refusal(method, around, cfg):
+    name, widgets = METHODS[method]
+    no_op = {"scale": 3.0, "strength": 1e-12} if name == "PAG" else {"scale": 1e-6}
+    run, beside = sampling("sdxl", cfg, batch=2), IN_THE_BLOCK[around](shared_model())
+    unguided, found = run(beside), []
+    for reuse in (True, False):
+        still = guide(name, beside, reuse=reuse, **{**widgets, **no_op})
+        still = refused_or_latents(run, still)
+        found.append(refused_or_latents(run, guide(name, beside, 3.0, reuse=reuse, **widgets)))
+        assert (still is None) == (found[-1] is None)
+        assert still is None or deviation(still, unguided) <= NOTHING
+    one, whole = found
     assert (one is None) == (whole is None)
     if one is not None:
-        assert difference(one, whole) <= NOTHING
-        assert difference(one, alone) > 1e-3
+        assert deviation(one, whole) <= NOTHING
+        assert deviation(one, unguided) > ACTS
 
 
-@pytest.mark.parametrize("reuse", some([True, False], True))
-def test_windows_in_the_block_of_an_identity_map_that_changes_nothing(reuse):
-    for widgets in ({}, {"blocks": "m0:h1"}):
-        run = unet_run(7.0, 2)
-        model = windowed(nothing(shared_model(), reuse, **widgets))
-        by = pushed(run, model, run(windowed(shared_model())), may_refuse=True)
-        assert by <= NOTHING
+# Prompts that a transformer treats in a way of its own.
+
+
+def first_frame(shape):
+    """Return the latents of an image-to-video run whose first frame is given, and its mask."""
+    latent = torch.zeros(shape)
+    latent[:, :, :1] = noise_like((1, shape[1], 1, *shape[-2:]), 4)
+    mask = torch.ones(1, 1, *shape[2:])
+    mask[:, :, :1] = 0.0
+    return {"latent": latent, "noise_mask": mask}
+
+
+@pytest.mark.parametrize(*each(is_video=(False, True), reuse=(True, False)))
+def test_a_masked_prompt_and_a_given_first_frame_of_hunyuan_video(is_video, reuse):
+    kind, padded = "hunyuan_video", torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    settings = {"cond": {"attention_mask": padded}}
+    if is_video:
+        shape = shape_of(kind, (3, 4))
+        positive = prompt(kind, shape, 1, guiding_frame_index=0, attention_mask=padded)
+        settings |= {"positive": positive, **first_frame(shape)}
+    run = sampling(kind, 4.0 if is_video else 1.0, **settings)
+    unguided = run(model_of(kind))
+    assert deviation(run(nothing(model_of(kind), reuse)), unguided) <= NOTHING
+
+
+# Functions in the place of a block's own, which name its arguments otherwise.
+
+
+FUNCTIONS = {
+    "no names": lambda forward: lambda *args, **kwargs: forward(*args, **kwargs),
+    "another name": lambda forward: lambda hidden, **others: forward(hidden, **others),
+}
+
+
+@pytest.mark.parametrize(*each(method=["SEG", "TPG", "SLG", "SSG"], function=FUNCTIONS))
+def test_a_function_in_a_block_s_place_may_call_its_arguments_anything(method, function):
+    guided = guide(method, shared_model(), blocks="m0")
+    (block,) = transformer_blocks(guided, ("m", 0, 0))
+    expected = sample(guided)
+    with mock.patch.object(block, "forward", FUNCTIONS[function](block.forward)):
+        assert deviation(sample(guided), expected) <= NOTHING

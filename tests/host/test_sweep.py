@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from family_oracle import guide
 from host_models import PACK, conditioning, counted_calls, sample, seg, shared_model
 
 SIZE = (6, 10)
@@ -24,18 +26,11 @@ class FlatVAE:
         return shown.movedim(1, -1)
 
 
-class Shown:
-    def __init__(self, image, cls):
-        self.image = image
-
-    def as_dict(self):
-        return {"images": [self.image]}
-
-
 @pytest.fixture(autouse=True)
 def calm_previews(monkeypatch):
     """Previews are files; the tests want none."""
-    monkeypatch.setattr(part("sweep").ui, "PreviewImage", Shown)
+    preview = lambda image, cls: SimpleNamespace(as_dict=lambda: {"images": [image]})  # noqa: E731
+    monkeypatch.setattr(part("sweep").ui, "PreviewImage", preview)
 
 
 def compare(sigmas="off, infinite", scales="3", *, model=None, batch=1, cfg=4.0, steps=1, **more):
@@ -79,20 +74,28 @@ def test_the_grid_holds_the_images_under_their_labels_and_off_is_sampled_once():
         torch.testing.assert_close(shown, image.float(), rtol=0, atol=1 / 255)
 
 
-def test_labels_differ_where_settings_do():
+LABELS = {
+    # sigmas, scales, blocks, methods: labels of the columns, of the rows
+    ("off, 1, infinite", "3", "auto", "SEG"): (["off", "sigma 1", "infinite"], [""]),
+    ("infinite", "0, 2", "auto", "SEG"): (["off", "scale 2"], [""]),
+    ("infinite", "3", "auto; m0, u0", "SEG"): (["auto", "m0, u0"], [""]),
+    ("off, 4", "1, 2", "auto", "SEG"): (["off", "sigma 4"], ["scale 1", "scale 2"]),
+    ("1, 4", "1, 2", "m0; u0", "SEG"): (
+        ["sigma 1", "sigma 4"], ["scale 1, m0", "scale 2, m0", "scale 1, u0", "scale 2, u0"],
+    ),
+    ("4", "3", "auto", "SEG"): (["sigma 4"], [""]),
+    ("off, infinite", "default", "auto", "SEG, pag, SAG"): (
+        ["off", "SEG, infinite", "PAG", "SAG"], [""],
+    ),
+    ("off, 1, 4", "default", "auto", "PAG, TPG"): (["off", "PAG", "TPG"], [""]),
+    ("1, 4", "default", "auto", "PAG, SEG"): (["PAG", "SEG, sigma 1", "SEG, sigma 4"], [""]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lists", LABELS)
+def test_labels_differ_where_settings_do_and_each_method_has_a_column(lists):
     sweep = part("sweep")
-    for lists, labels in {
-        ("off, 1, infinite", "3", "auto"): (["off", "sigma 1", "infinite"], [""]),
-        ("infinite", "0, 2", "auto"): (["off", "scale 2"], [""]),
-        ("infinite", "3", "auto; m0, u0"): (["auto", "m0, u0"], [""]),
-        ("off, 4", "1, 2", "auto"): (["off", "sigma 4"], ["scale 1", "scale 2"]),
-        ("1, 4", "1, 2", "m0; u0"): (
-            ["sigma 1", "sigma 4"],
-            ["scale 1, m0", "scale 2, m0", "scale 1, u0", "scale 2, u0"],
-        ),
-        ("4", "3", "auto"): (["sigma 4"], [""]),
-    }.items():
-        assert sweep.labels(sweep.settings(*lists)) == labels
+    assert sweep.labels(sweep.settings(*lists)) == LABELS[lists]
 
 
 def test_lists_are_read_as_people_write_them():
@@ -156,29 +159,15 @@ def test_a_model_that_is_guided_already_is_refused():
         compare(model=seg(shared_model()))
 
 
-@pytest.mark.parametrize(
-    ("methods", "sigmas", "expected"),
-    [
-        ("SEG, pag, SAG", "off, infinite", ["off", "SEG, infinite", "PAG", "SAG"]),
-        ("PAG, TPG", "off, 1, 4", ["off", "PAG", "TPG"]),
-        ("PAG, SEG", "1, 4", ["PAG", "SEG, sigma 1", "SEG, sigma 4"]),
-    ],
-)
-def test_a_method_is_a_column_and_seg_one_for_each_sigma(methods, sigmas, expected):
-    sweep = part("sweep")
-    assert sweep.labels(sweep.settings(sigmas, "default", "auto", methods))[0] == expected
-
-
 def test_methods_take_their_nodes_defaults():
-    nodes = {"SEG": "seg", "PAG": "pag", "SAG": "sag", "TPG": "tpg", "SLG": "slg"}
-    images = compare(scales="default", steps=4, methods=", ".join(nodes))[1]
+    images = compare(scales="default", steps=4, methods="SEG, PAG, SAG, TPG, SLG")[1]
     model = shared_model()
     guided = [
         model,
         seg(model),
-        part("pag").SEGuidancePAG.execute(model, 3.0, 0.0, 1.0)[0],
-        part("sag").SEGuidanceSAG.execute(model, 0.5, 2.0, 0.0, 1.0)[0],
-        part("tpg").SEGuidanceTPG.execute(model, 3.0, 0.0, 1.0)[0],
-        part("slg").SEGuidanceSLG.execute(model, 3.0, 0.01, 0.15)[0],
+        guide("PAG", model, 3.0),
+        guide("SAG", model, 0.5),
+        guide("TPG", model, 3.0),
+        guide("SLG", model, 3.0, 0.01, 0.15),
     ]
     require_those_of_nodes(images, guided, steps=4)

@@ -22,55 +22,45 @@ def assert_near(actual, expected, dtype=None):
     torch.testing.assert_close(actual.to(torch.float64), expected, rtol=bound, atol=bound)
 
 
-def reference_taps(size, sigma):
-    """Number of taps of the official kernel on an axis of `size` cells."""
-    taps = math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
-    return min(taps, size - (size % 2 - 1))
-
-
-def bounce(cell, size):
-    """Walk to a cell beyond the border and back, with the border cell as mirror."""
+def mirrored(cell, size, mirror):
+    """Walk to a cell beyond the border and back; the mirrors stand at `mirror` from both ends."""
     while not 0 <= cell < size:
-        cell = -cell if cell < 0 else 2 * (size - 1) - cell
-    return cell
-
-
-def fold(cell, size):
-    """Walk to a cell beyond the border and back, with the border's outer edge as mirror."""
-    while not 0 <= cell < size:
-        cell = -cell - 1 if cell < 0 else 2 * size - 1 - cell
-    return cell
+        cell = 2 * mirror - cell if cell < 0 else 2 * (size - 1 - mirror) - cell
+    return int(cell)
 
 
 def blur_matrix(size, sigma, kernel, taps=None):
-    """Scatter one Gaussian tap after the other."""
+    """Scatter one Gaussian tap after the other; the mirror is the border cell or its edge."""
     matrix = torch.zeros(size, size, dtype=torch.float64)
     if sigma == 0:
         return torch.eye(size, dtype=torch.float64)
-    if math.isinf(sigma):
+    if math.isinf(sigma) and taps is None:
         return torch.full_like(matrix, 1 / size)
     if kernel == "reference":
-        reach, mirror = (taps or reference_taps(size, sigma)) // 2, bounce
+        taps = taps or math.ceil(6 * sigma) + 1 - math.ceil(6 * sigma) % 2
+        reach, mirror = min(taps, size - (size % 2 - 1)) // 2, 0.0
     else:
-        reach, mirror = math.ceil(9 * sigma) + 1, fold
+        reach, mirror = math.ceil(9 * sigma) + 1, -0.5
     weights = {x: math.exp(-0.5 * (x / sigma) ** 2) for x in range(-reach, reach + 1)}
     total = math.fsum(weights.values())
     for row in range(size):
         for offset, weight in weights.items():
-            matrix[row, mirror(row + offset, size)] += weight / total
+            matrix[row, mirrored(row + offset, size, mirror)] += weight / total
     return matrix
 
 
-def dense_blur(grid, sigma, kernel):
+def dense_blur(grid, sigma, kernel, axes="space"):
     """The blur of all tokens as one matrix; `grid` is (frames, height, width)."""
-    frames, height, width = grid
-    plane = torch.kron(blur_matrix(height, sigma, kernel), blur_matrix(width, sigma, kernel))
-    return torch.kron(torch.eye(frames, dtype=torch.float64), plane)
+    widths = [sigma if name in axes else 0.0 for name in ("time", "space", "space")]
+    times, rows, columns = (
+        blur_matrix(size, width, kernel) for size, width in zip(grid, widths, strict=True)
+    )
+    return torch.kron(times, torch.kron(rows, columns))
 
 
-def blurred(query, grid, sigma, kernel):
+def blurred(query, grid, sigma, kernel, axes="space"):
     """Queries blurred by the dense matrix."""
-    return torch.einsum("ij,bjd->bid", dense_blur(grid, sigma, kernel), query.double())
+    return torch.einsum("ij,bjd->bid", dense_blur(grid, sigma, kernel, axes), query.double())
 
 
 def attention_map(query, key):
@@ -114,22 +104,20 @@ def spread(values):
     return math.sqrt(math.fsum((v - mean) ** 2 for v in numbers) / len(numbers))
 
 
-def rescaled(denoised, prediction, perturbed, scale, amount, mode):
-    """Guidance with the spread pulled back, sample by sample."""
+def rescaled(denoised, prediction, cond, perturbed, scale, amount, mode):
+    """Guidance with the spread pulled back to that of cond, sample by sample."""
+    samples = (tensor.double() for tensor in (denoised, prediction, cond, perturbed))
     results = []
-    for d, p, q in zip(denoised.double(), prediction.double(), perturbed.double(), strict=True):
+    for d, p, c, q in zip(*samples, strict=True):
         push = scale * (p - q)
-        result = (d if mode == "full" else p) + push
-        results.append(d + push * (1 - amount + amount * spread(p) / spread(result)))
+        result = (d if mode == "full" else c) + push
+        results.append(d + push * (1 - amount + amount * spread(c) / spread(result)))
     return torch.stack(results)
 
 
 def saliency(plane):
     """Softmax over the cells of the blurred magnitude of one (height, width) plane."""
-    height, width = plane.shape
-    vertical, horizontal = (
-        blur_matrix(n, 1.0, "reference", taps=min(3, n - (n % 2 - 1))) for n in (height, width)
-    )
+    vertical, horizontal = (blur_matrix(n, 1.0, "reference", taps=3) for n in plane.shape)
     scores = vertical @ plane.double().abs() @ horizontal.T
     exps = scores.exp()
     return exps / exps.sum()

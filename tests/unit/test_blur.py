@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import oracles
 import pytest
@@ -12,12 +12,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from seg_core.blur import blur_queries, is_identity, mean_queries
-from seg_core.kernels import KERNELS, gaussian_matrix, reflected_matrix
+from seg_core.blur import blur_queries, is_identity, mean_queries, repeat_rows
+from seg_core.energy import blur_slopes
+from seg_core.grid import AXES
+from seg_core.kernels import KERNELS, gaussian_matrix
 from seg_core.matrices import BlurMatrices
 
 SIZES = (1, 2, 3, 5, 7, 11, 16)
-SIGMAS = (0.1, 0.3, 0.5, 1.0, 2.7, 6.0, 40.0)
+SIGMAS = (0.0, 0.1, 0.3, 0.5, 1.0, 2.7, 6.0, 40.0, math.inf)
 WIDTHS = st.one_of(st.sampled_from([0.0, 1e-6, 9999.0, 1e300, math.inf]), st.floats(1e-3, 200.0))
 EDGES = st.integers(1, 70)
 
@@ -27,34 +29,17 @@ def queries(grid, dim=11, batch=2, dtype=torch.float64, seed=7):
     return torch.randn(batch, math.prod(grid), dim, generator=seeded, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("size", SIZES)
-def test_zero_is_the_identity_and_infinity_the_mean(size, kernel):
-    eye = torch.eye(size, dtype=torch.float64)
-    assert torch.equal(gaussian_matrix(size, 0.0, kernel=kernel), eye)
-    flat = torch.full((size, size), 1.0 / size, dtype=torch.float64)
-    assert torch.equal(gaussian_matrix(size, math.inf, kernel=kernel), flat)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_full_kernel_meets_both_limits_continuously(size):
-    eye, flat = (gaussian_matrix(size, sigma, kernel="full") for sigma in (0.0, math.inf))
-    oracles.assert_near(gaussian_matrix(size, 1e-6, kernel="full"), eye)
-    oracles.assert_near(gaussian_matrix(size, 9999.0, kernel="full"), flat)
-    below, above = (
-        gaussian_matrix(size, size * factor, kernel="full") for factor in (1 - 1e-14, 1 + 1e-14)
-    )
-    oracles.assert_near(above, below)  # no seam where the series change
+# Matrices.
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("size", SIZES)
-def test_matrices_agree_with_scalar_loops(size, sigma, kernel):
-    expected = oracles.blur_matrix(size, sigma, kernel)
-    oracles.assert_near(gaussian_matrix(size, sigma, kernel=kernel), expected)
-    taps = oracles.blur_matrix(7, 1.0, "reference", 3)
-    oracles.assert_near(reflected_matrix(7, 1.0, 3), taps)
+def test_matrices_agree_with_scalar_loops_and_are_exact_at_both_limits(size, kernel):
+    for sigma in SIGMAS:
+        matrix = gaussian_matrix(size, sigma, kernel=kernel)
+        oracles.assert_near(matrix, oracles.blur_matrix(size, sigma, kernel))
+        if sigma in (0.0, math.inf):
+            assert torch.equal(matrix, oracles.blur_matrix(size, sigma, kernel))
 
 
 @given(size=EDGES, sigma=WIDTHS, kernel=st.sampled_from(KERNELS))
@@ -70,14 +55,20 @@ def test_rows_are_averages_whatever_size_and_sigma(size, sigma, kernel):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_all_eigenvalues_of_the_full_kernel_fall_as_sigma_grows(size):
-    spectra = [
-        torch.linalg.eigvalsh(gaussian_matrix(size, sigma, kernel="full"))
-        for sigma in (0.0, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, math.inf)
+def test_the_full_kernel_falls_from_the_identity_to_the_mean_without_a_seam(size):
+    matrices = [
+        gaussian_matrix(size, sigma, kernel="full")
+        for sigma in (0.0, 1e-6, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0, 9999.0, math.inf)
     ]
-    for sharper, softer in itertools.pairwise(spectra):
+    oracles.assert_near(matrices[1], matrices[0])
+    oracles.assert_near(matrices[-2], matrices[-1])
+    for sharper, softer in itertools.pairwise(map(torch.linalg.eigvalsh, matrices)):
         assert bool((softer <= sharper + 1e-12).all())
         assert bool((softer >= -1e-12).all())
+    below, above = (
+        gaussian_matrix(size, size * factor, kernel="full") for factor in (1 - 1e-14, 1 + 1e-14)
+    )
+    oracles.assert_near(above, below)  # where one series takes over from the other
 
 
 @pytest.mark.parametrize(
@@ -88,11 +79,12 @@ def test_all_eigenvalues_of_the_full_kernel_fall_as_sigma_grows(size):
         (lambda: gaussian_matrix(5, math.nan), "0 or more"),
         (lambda: gaussian_matrix(5, 1.0, kernel="box"), "reference, full, got 'box'"),
         (lambda: blur_queries(queries((5, 7)), (5, 7), 0.0, kernel="box"), "reference, full"),
+        (lambda: blur_queries(queries((5, 7)), (5, 7), 1.0, axes="depth"), "space, time, space"),
+        (lambda: mean_queries(queries((5, 7)), (5, 7), axes="depth"), "space, time, space"),
+        (lambda: blur_queries(queries((6, 6)), (5, 7), 0.0), "35 tokens, got 36"),
+        (lambda: blur_queries(queries((6, 6)), (5, 7), 1.0), "35 tokens, got 36"),
+        (lambda: blur_queries(queries((6, 6)), (5, 7), math.inf), "35 tokens, got 36"),
         (lambda: BlurMatrices(limit=0), "at least 1"),
-        *(
-            (lambda s=sigma: blur_queries(queries((6, 6)), (5, 7), s), "35 tokens, got 36")
-            for sigma in (0.0, 1.0, math.inf)
-        ),
     ],
 )
 def test_what_is_impossible_is_refused(make, match):
@@ -100,18 +92,22 @@ def test_what_is_impossible_is_refused(make, match):
         make()
 
 
+# Queries.
+
+
+@pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sigma", [0.0, 0.5, 2.0, 30.0, math.inf])
 @pytest.mark.parametrize("grid", [(1, 5, 7), (3, 5, 7), (2, 1, 13), (1, 13, 1), (3, 1, 1)])
-def test_blurred_queries_agree_with_the_dense_matrix(grid, sigma, kernel):
+def test_blurred_queries_agree_with_the_dense_matrix(grid, kernel, axes):
     query = queries(grid)
     before, strided = query.clone(), query.mT.contiguous().mT
-    expected = oracles.blurred(query, grid, sigma, kernel)
-    oracles.assert_near(blur_queries(strided, grid, sigma, kernel=kernel), expected)
-    result = blur_queries(query, grid, sigma, kernel=kernel)
-    oracles.assert_near(result, expected)
-    if grid[1:] != (1, 1):  # of one cell, the query itself is the result
-        result.add_(1.0)
+    for sigma in (0.0, 0.5, 2.0, 30.0, math.inf):
+        expected = oracles.blurred(query, grid, sigma, kernel, axes)
+        for layout in (query, strided):
+            found = blur_queries(layout, grid, sigma, kernel=kernel, axes=axes)
+            oracles.assert_near(found, expected)
+        slopes = oracles.dense_blur(grid, sigma, kernel, axes).square().sum(dim=1)
+        oracles.assert_near(blur_slopes(grid, sigma, kernel=kernel, axes=axes), slopes)
     assert torch.equal(query, before)
 
 
@@ -145,12 +141,13 @@ def test_low_precision_rounds_only_once(dtype, sigma):
     assert bool((error <= bound * expected.abs().clamp_min(0.25) + 1e-15).all())
 
 
-def test_infinite_sigma_is_the_mean_of_all_queries_of_a_frame():
-    query = queries((3, 5, 7))
-    expected = query.reshape(2, 3, 35, 11).mean(2)
-    oracles.assert_near(mean_queries(query, (3, 5, 7)), expected)
-    spread_out = expected.repeat_interleave(35, dim=1)
-    oracles.assert_near(blur_queries(query, (3, 5, 7), math.inf), spread_out)
+@pytest.mark.parametrize(("axes", "count"), [("space", 3), ("time", 35), ("space and time", 1)])
+def test_means_stand_for_all_along_their_axes(axes, count):
+    grid, query = (3, 5, 7), queries((3, 5, 7))
+    means = mean_queries(query, grid, axes=axes)
+    assert means.shape == (2, count, 11)
+    expected = oracles.blurred(query, grid, math.inf, "full", axes)
+    oracles.assert_near(repeat_rows(means, grid, axes=axes), expected)
     large = torch.full((1, 4096, 3), 6e4, dtype=torch.float16)
     assert torch.equal(mean_queries(large, (64, 64)), large[:, :1]), "no overflow"
 
@@ -175,52 +172,34 @@ def test_a_blur_without_effect_is_known_beforehand(grid, sigma, kernel, expected
     assert same is expected
 
 
-def test_a_cached_matrix_is_the_matrix():
-    kept = BlurMatrices()
-    first = kept.get(7, 1.5, "full", torch.float32, "cpu")
-    assert kept.get(7, 1.5, "full", torch.float32, torch.device("cpu")) is first
-    assert torch.equal(first, gaussian_matrix(7, 1.5, kernel="full").float())
-    query = queries((5, 7))
-    assert torch.equal(
-        blur_queries(query, (5, 7), 1.5, matrices=kept), blur_queries(query, (5, 7), 1.5)
-    )
-    assert len(kept) == 3
-    kept = BlurMatrices(limit=2)  # drops what was not used for longest
-    first, second = (kept.get(size, 1.0, "full", torch.float32, "cpu") for size in (2, 3))
-    for size in (2, 5):
-        kept.get(size, 1.0, "full", torch.float32, "cpu")
+# The cache.
+
+
+def test_matrices_are_kept_and_the_one_not_used_for_longest_goes():
+    kept = BlurMatrices(limit=2)
+
+    def get(size):
+        return kept.get(size, 1.5, "full", torch.float32, torch.device("cpu"))
+
+    first, second = get(5), get(7)
+    assert torch.equal(first, gaussian_matrix(5, 1.5, kernel="full").float())
+    assert get(5) is first
+    get(3)
     assert len(kept) == 2
-    assert kept.get(2, 1.0, "full", torch.float32, "cpu") is first
-    assert kept.get(3, 1.0, "full", torch.float32, "cpu") is not second
+    assert get(5) is first
+    assert get(7) is not second
+    query = queries((5, 7))
+    plain = blur_queries(query, (5, 7), 1.5)
+    assert torch.equal(blur_queries(query, (5, 7), 1.5, matrices=BlurMatrices()), plain)
 
 
 def test_two_threads_may_share_a_cache():
-    kept, failures = BlurMatrices(limit=3), []
+    kept = BlurMatrices(limit=3)
 
-    def work():
-        for step in range(200):
-            size = 1 + step % 7
-            matrix = kept.get(size, 2.0, "reference", torch.float64, "cpu")
-            if not torch.equal(matrix, gaussian_matrix(size, 2.0)):
-                failures.append(size)
+    def is_right(size):
+        matrix = kept.get(size, 2.0, "reference", torch.float64, "cpu")
+        return torch.equal(matrix, gaussian_matrix(size, 2.0))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(is_right, [1 + step % 7 for step in range(400)]))
     assert len(kept) == 3
-
-
-def test_the_dense_oracle_notices_a_planted_error():
-    grid, query = (3, 5, 7), queries((3, 5, 7))
-    expected = oracles.blurred(query, grid, 1.5, "reference")
-    for wrong in (
-        blur_queries(query, (3, 7, 5), 1.5),
-        blur_queries(query, (15, 7), 1.5),
-        blur_queries(query, grid, 1.51),
-        torch.einsum("ji,bjd->bid", oracles.dense_blur(grid, 1.5, "reference"), query),
-    ):
-        with pytest.raises(AssertionError):
-            oracles.assert_near(wrong, expected)

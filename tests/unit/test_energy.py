@@ -1,13 +1,15 @@
-"""The measurements: energy, log-sum-exp, variance, smoothed logits and curvature."""
+"""Energy and curvature: slow references, and the paper's claims where their premises hold."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import oracles
 import pytest
 import torch
 
+from seg_core.blur import blur_queries
 from seg_core.energy import (
     attention_energy,
     energy_curvature,
@@ -17,6 +19,8 @@ from seg_core.energy import (
 )
 
 GRID = (1, 2, 3)
+GRIDS = [(1, 5, 7), (1, 11, 3), (2, 5, 3), (1, 1, 13)]
+SIGMAS = (0.0, 0.3, 0.6, 1.0, 2.0, 4.0, 10.0, 100.0, math.inf)
 
 
 @pytest.fixture
@@ -24,22 +28,13 @@ def logits(generator):
     return torch.randn(2, 3, 6, 5, generator=generator, dtype=torch.float64)
 
 
-def test_equal_logits_have_the_energy_of_the_number_of_keys():
-    energy = attention_energy(torch.zeros(3, 5))
-    torch.testing.assert_close(energy, torch.tensor(-3 * math.log(5)))
+# Formulas.
 
 
-def test_energy_agrees_with_scalar_loops(logits):
+def test_energy_and_its_gradient_agree_with_scalar_loops(logits):
     expected = [[oracles.energy(head) for head in sample] for sample in logits]
     oracles.assert_near(attention_energy(logits), torch.tensor(expected, dtype=torch.float64))
     oracles.assert_near(mean_logsumexp(logits), -attention_energy(logits) / 6)
-    with pytest.raises(AssertionError):
-        oracles.assert_near(
-            attention_energy(logits[0, 0].T), torch.tensor(oracles.energy(logits[0, 0]))
-        )
-
-
-def test_the_gradient_of_the_energy_is_minus_attention(logits):
     logits.requires_grad_()
     attention_energy(logits).sum().backward()
     oracles.assert_near(logits.grad, -torch.softmax(logits.detach(), dim=-1))
@@ -58,30 +53,73 @@ def test_variance_is_taken_over_queries(logits):
 
 
 @pytest.mark.parametrize("kernel", ["reference", "full"])
-@pytest.mark.parametrize("sigma", [0.0, 0.7, math.inf])
-def test_smoothed_logits_agree_with_the_dense_matrix(logits, sigma, kernel):
-    expected = oracles.dense_blur(GRID, sigma, kernel) @ logits
-    oracles.assert_near(smoothed_logits(logits, GRID, sigma, kernel=kernel), expected)
-
-
-@pytest.mark.parametrize("kernel", ["reference", "full"])
 @pytest.mark.parametrize("sigma", [0.0, 0.7, 2.0, math.inf])
 def test_curvature_is_the_trace_of_the_hessian(logits, sigma, kernel):
-    expected = -oracles.hessian(logits[0, 0], GRID, sigma, kernel).trace()
-    actual = energy_curvature(logits, GRID, sigma, kernel=kernel)
-    oracles.assert_near(actual[0, 0], expected)
+    clip = logits.reshape(3, 12, 5)
+    for maps, grid in ((logits, GRID), (clip, (2, 2, 3))):
+        actual = energy_curvature(maps, grid, sigma, kernel=kernel).flatten()
+        expected = -oracles.hessian(maps.flatten(0, -3)[1], grid, sigma, kernel).trace()
+        oracles.assert_near(actual[1], expected)
+    with pytest.raises(ValueError, match="got 6"):
+        energy_curvature(logits, (5, 7), sigma)
 
 
-def test_curvature_counts_every_frame(generator):
-    logits = torch.randn(12, 5, generator=generator, dtype=torch.float64)
-    expected = -oracles.hessian(logits, (2, 2, 3), 0.7, "reference").trace()
-    oracles.assert_near(energy_curvature(logits, (2, 2, 3), 0.7), expected)
-    with pytest.raises(ValueError, match="got 12"):
-        energy_curvature(logits, (5, 7), 1.0)
+# Claims.
 
 
-def test_the_hessian_oracle_notices_derivatives_in_the_blurred_logits(logits):
-    smooth = smoothed_logits(logits[0, 0], GRID, 0.7)
-    expected = -oracles.hessian(logits[0, 0], GRID, 0.7, "reference").trace()
-    with pytest.raises(AssertionError):
-        oracles.assert_near(energy_curvature(smooth, GRID, 0.0), expected)
+def ladder(logits, grid):
+    return [smoothed_logits(logits, grid, sigma, kernel="full") for sigma in SIGMAS]
+
+
+def falls(values):
+    return all(
+        bool((later <= earlier + 1e-10).all()) for earlier, later in itertools.pairwise(values)
+    )
+
+
+@pytest.fixture(params=GRIDS, ids=str)
+def case(request, generator):
+    grid = request.param
+    return grid, torch.randn(4, math.prod(grid), 17, generator=generator, dtype=torch.float64)
+
+
+def test_blurring_queries_blurs_the_logits(generator):
+    query, key = (torch.randn(2, n, 11, generator=generator, dtype=torch.float64) for n in (35, 13))
+    for sigma in SIGMAS:
+        direct = blur_queries(query, (5, 7), sigma) @ key.mT
+        oracles.assert_near(direct, smoothed_logits(query @ key.mT, (5, 7), sigma))
+
+
+def test_as_sigma_grows_mean_stays_variance_and_log_sum_exp_fall_and_energy_rises(case):
+    grid, logits = case
+    maps = ladder(logits * 3.0, grid)
+    for smooth in maps:
+        oracles.assert_near(smooth.mean(1), maps[0].mean(1))
+    assert falls([logit_variance(smooth) for smooth in maps])
+    assert falls([mean_logsumexp(smooth) for smooth in maps])
+    assert falls([-attention_energy(smooth) for smooth in maps])
+    if grid[0] == 1:
+        assert float(logit_variance(maps[-1]).max()) < 1e-20
+
+
+def test_curvature_never_rises_with_sigma_when_attention_is_spread_out(case):
+    grid, logits = case[0], 0.5 * case[1]
+    weights = torch.softmax(logits, dim=-1)
+    assert float(weights.max()) < 0.5  # the theorem's premise: small softmax values
+    curvatures = [energy_curvature(logits, grid, sigma, kernel="full") for sigma in SIGMAS]
+    assert falls(curvatures)
+    assert bool((curvatures[-1] > 0).all())
+
+
+def test_the_determinant_off_the_null_space_falls_and_has_the_docstring_s_closed_form(generator):
+    logits = 0.3 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    volumes = []
+    for sigma in (0.0, 0.3, 0.5, 0.8):
+        spectrum = torch.linalg.eigvalsh(-oracles.hessian(logits, GRID, sigma, "full"))
+        flat, curved = spectrum[:6], spectrum[6:]  # one constant direction per query
+        assert float(flat.abs().max()) < 1e-12
+        volumes.append(curved.log().sum())
+        blur = oracles.dense_blur(GRID, sigma, "full")
+        rows = math.log(5) * 6 + torch.log_softmax(blur @ logits, dim=-1).sum()
+        oracles.assert_near(volumes[-1], 2 * 4 * torch.logdet(blur) + rows, torch.float32)
+    assert falls(volumes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seg_core.grid import TokenGrid, as_grid, halved_grid, require_tokens
+from seg_core.grid import TokenGrid, as_grid, halved_grid
 
 
 def test_a_grid_is_made_of_two_sizes_or_of_frames_and_two_sizes():
@@ -20,12 +20,6 @@ def test_a_grid_is_made_of_two_sizes_or_of_frames_and_two_sizes():
 def test_anything_else_is_refused(sizes):
     with pytest.raises(ValueError, match="grid"):
         as_grid(sizes)
-
-
-def test_a_wrong_token_count_names_both_counts():
-    require_tokens(35, (5, 7))
-    with pytest.raises(ValueError, match=r"35 tokens, got 36"):
-        require_tokens(36, (5, 7))
 
 
 def test_halving_agrees_with_a_strided_convolution():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seg_core.saliency import blur_latent, column_mass, saliency_mask
+from seg_core.saliency import blur_latent, column_mass, frame_shares, saliency_mask
 
 HEADS, DIM = 3, 11
 
@@ -22,21 +22,29 @@ def pair(generator, queries=35, keys=13, dtype=torch.float64):
     return draw(queries).to(dtype), draw(keys).to(dtype)
 
 
-def dense_mass(query, key):
-    rows = []
-    for q, k in zip(query, key, strict=True):
-        heads = zip(q.chunk(HEADS, -1), k.chunk(HEADS, -1), strict=True)
-        rows.append(sum(oracles.attention_map(a, b).sum(0) for a, b in heads) / HEADS)
-    return torch.stack(rows)
+def dense_mass(query, key, scale=DIM**-0.5, mask=None):
+    q, k = (t.double().unflatten(-1, (HEADS, DIM)).transpose(1, 2) for t in (query, key))
+    logits = scale * q @ k.mT
+    if mask is not None:
+        is_boolean = mask.dtype == torch.bool
+        logits = logits.masked_fill(~mask, -torch.inf) if is_boolean else logits + mask
+    return logits.softmax(-1).sum(dim=2).mean(dim=1)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 11, 35, 1000, None])
 def test_mass_agrees_with_the_dense_map_whatever_the_chunk(generator, chunk):
     query, key = pair(generator)
     oracles.assert_near(column_mass(query, key, HEADS, chunk=chunk), dense_mass(query, key))
-    square = pair(generator, keys=35)
-    with pytest.raises(AssertionError):  # the sums of rows
-        oracles.assert_near(column_mass(*square[::-1], HEADS), dense_mass(*square))
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 13), (2, HEADS, 1, 13), (1, 1, 35, 13)])
+def test_mass_under_a_mask_and_a_scale(generator, shape, chunk):
+    query, key = pair(generator)
+    added = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for mask in (added, (added > -1) | (torch.arange(13) == 0)):
+        found = column_mass(query, key, HEADS, scale=0.2, mask=mask, chunk=chunk)
+        oracles.assert_near(found, dense_mass(query, key, 0.2, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -47,7 +55,15 @@ def test_mass_is_float32_at_least(generator, dtype):
     oracles.assert_near(mass, dense_mass(query, key))
 
 
-def test_the_mask_shows_each_token_at_its_place():
+def test_shares_are_one_on_average_in_each_frame(generator):
+    mass = torch.rand(2, 12, generator=generator, dtype=torch.float64)
+    frames = mass.reshape(2, 3, 4)
+    expected = (frames / frames.mean(dim=2, keepdim=True)).flatten(1)
+    oracles.assert_near(frame_shares(mass, (3, 2, 2)), expected)
+    assert torch.equal(frame_shares(torch.zeros(1, 4), (2, 2)), torch.zeros(1, 4))
+
+
+def test_the_mask_shows_each_token_at_its_place_and_in_its_frame():
     mass = torch.zeros(2, 35)
     mass[0, 2 * 7 + 4] = 3.0
     mass[1, 4 * 7 + 1] = 3.0
@@ -59,38 +75,19 @@ def test_the_mask_shows_each_token_at_its_place():
     even = torch.ones(1, 35)
     assert not saliency_mask(even, (5, 7), 1.0, (5, 7)).any(), "a mass at the threshold is not"
     assert saliency_mask(even, (5, 7), 0.0, (5, 7)).all()
-
-
-def test_a_video_mask_keeps_its_frames_apart():
-    mass = torch.zeros(1, 3 * 35)
-    mass[0, 35:70] = 3.0
-    mask = saliency_mask(mass, (3, 5, 7), 1.0, (6, 5, 7))
+    clip = torch.cat([0 * even, 3 * even, 0 * even], dim=1)
+    mask = saliency_mask(clip, (3, 5, 7), 1.0, (6, 5, 7))
     assert mask.shape == (1, 1, 6, 5, 7)
     assert mask.sum(dim=(0, 1, 3, 4)).tolist() == [0.0, 0.0, 35.0, 35.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("sigma", [0.5, 2.0, math.inf])
-def test_the_reference_blur_has_nine_taps_reflected(generator, sigma):
-    latent = torch.randn(2, 3, 11, 13, generator=generator, dtype=torch.float64)
-    offsets = torch.arange(-4.0, 5.0, dtype=torch.float64)
-    taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    taps /= taps.sum()
-    padded = torch.nn.functional.pad(latent, (4, 4, 4, 4), mode="reflect")
-    kernel = torch.outer(taps, taps).expand(3, 1, 9, 9)
-    expected = torch.nn.functional.conv2d(padded, kernel, groups=3)
-    oracles.assert_near(blur_latent(latent, sigma), expected)
-    video = latent.unflatten(0, (1, 2)).transpose(1, 2)
-    frames = expected.unflatten(0, (1, 2)).transpose(1, 2)
-    oracles.assert_near(blur_latent(video, sigma), frames)
-
-
-def test_the_full_blur_is_as_wide_as_sigma_needs(generator):
-    latent = torch.randn(2, 3, 11, 13, generator=generator, dtype=torch.float64)
-    tokens = latent.flatten(2).mT
-    expected = oracles.blurred(tokens, (1, 11, 13), 4.0, "full").mT.reshape(latent.shape)
-    oracles.assert_near(blur_latent(latent, 4.0, kernel="full"), expected)
-    mean = latent.mean(dim=(2, 3), keepdim=True).expand_as(latent)
-    oracles.assert_near(blur_latent(latent, math.inf, kernel="full"), mean)
+@pytest.mark.parametrize(("kernel", "taps"), [("reference", 9), ("full", None)])
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 4.0, math.inf])
+def test_a_latent_is_blurred_along_both_axes_with_nine_taps_or_all(generator, sigma, kernel, taps):
+    rows, columns = (oracles.blur_matrix(size, sigma, kernel, taps) for size in (11, 13))
+    for shape in ((2, 3, 11, 13), (1, 3, 2, 11, 13)):
+        latent = torch.randn(shape, generator=generator, dtype=torch.float64)
+        oracles.assert_near(blur_latent(latent, sigma, kernel=kernel), rows @ latent @ columns.T)
 
 
 @given(
@@ -111,6 +108,7 @@ def test_no_size_fails_and_a_flat_latent_stays_flat(height, width, sigma, kernel
     ("make", "match"),
     [
         (lambda x: column_mass(x, x, 1, chunk=0), "at least 1 query, got 0"),
+        (lambda x: frame_shares(torch.ones(1, 11), (3, 2, 2)), "must have 12 tokens"),
         (lambda x: saliency_mask(torch.ones(1, 36), (5, 7), 1.0, (5, 7)), "got 36"),
         (lambda x: saliency_mask(torch.ones(1, 105), (3, 5, 7), 1.0, (5, 7)), "have three sizes"),
         (lambda x: blur_latent(x[None], -1.0), "0 or more"),
