@@ -98,12 +98,18 @@ class Count:
     parameters_read: int
 
 
-def count(step: Any) -> Count:
-    """Count one evaluation of a guided model."""
+def count(step: Any, evaluations: int = 1) -> Count:
+    """Count what an evaluation of a guided model costs on average, from the first of a run on."""
+
+    def body() -> None:
+        for number in range(evaluations):
+            step.evaluate(number)
+
     with (
         ParametersRead(step.networks) as reads,
         PeakBytes() as memory,
         FlopCounterMode(display=False) as flops,
     ):
-        step.run(step.evaluate)
-    return Count(flops.get_total_flops(), memory.peak, reads.read)
+        step.run(body)
+    total = flops.get_total_flops()
+    return Count(total // evaluations, memory.peak, reads.read // evaluations)

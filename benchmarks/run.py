@@ -130,7 +130,7 @@ def _count(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     with on_meta():
         bench = variants.Bench(kind, torch.device("meta"), torch.float16, host.seg_node())
         for variant in variants.every(thin=options.thin):
-            cost = counting.count(bench.step(variant, kind.size))
+            cost = counting.count(bench.step(variant, kind.size), variant.every)
             flops[variant], reads[variant] = cost.flops, cost.parameters_read
             ratio = cost.flops / flops[variant.baseline]
             row = {
@@ -157,7 +157,7 @@ def _blur(options: argparse.Namespace) -> dict[str, float]:
 def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     from benchmarks import models, variants
 
-    every = variants.every(thin=options.thin)
+    every = [variant for variant in variants.every(thin=options.thin) if variant.every == 1]
     if options.thin:
         every = [variant for variant in every if variant.method not in variants.RELATIVES]
     return _timed(models.KINDS[options.model], options.size, every, options)

@@ -76,16 +76,16 @@ class GuidedStep:
             Wrappers.OUTER_SAMPLE, self.guider.model_options, is_model_options=True
         )
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
-            lambda: body(), self.guider, wrappers
+            lambda _noise: body(), self.guider, wrappers
         )
-        return executor.execute()
+        return executor.execute(self.x)
 
-    def evaluate(self) -> torch.Tensor:
-        """Evaluate the guided model once; only inside `run`."""
+    def evaluate(self, number: int = 0) -> torch.Tensor:
+        """Evaluate the guided model once, at the noise level of a step; only inside `run`."""
         self.patcher.model.current_patcher = self.patcher
         if self.control is not None:
             self.control.model_sampling_current = self.patcher.model.model_sampling
-        return self.guider(self.x, self.sigma, self.guider.model_options, 0)
+        return self.guider(self.x, self.sigma * 0.9**number, self.guider.model_options, 0)
 
 
 def flash_attention(

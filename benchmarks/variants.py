@@ -19,6 +19,7 @@ OUR_PAG = "PAG, reuse on"
 OUR_SAG = "SAG"
 CORE_SAG = "core SAG"
 OUR_TPG = "TPG"
+OUR_SSG = "SSG"
 OUR_SLG = "SLG"
 SEG_AND_SLG = "SEG + SLG"
 SEG_AND_PAG = "SEG + PAG, reuse on"
@@ -28,6 +29,7 @@ RELATIVES = (
     OUR_PAG,
     OUR_SLG,
     OUR_TPG,
+    OUR_SSG,
     CORE_SAG,
     OUR_SAG,
     SEG_AND_PAG,
@@ -36,6 +38,7 @@ RELATIVES = (
     PAG_AND_SAG,
 )
 FINITE = 10.0
+HELD = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Variant:
     sigma: float = math.inf
     blocks: str = "middle"
     window: tuple[float, float] = (0.0, 1.0)
+    every: int = 1
 
     @property
     def baseline(self) -> Variant:
@@ -65,7 +69,8 @@ class Variant:
         if not self.is_seg:
             return self.method
         width = "inf" if math.isinf(self.sigma) else f"{self.sigma:g}"
-        return f"{self.method}, {self.blocks}, sigma {width}"
+        held = f", every {self.every}" if self.every > 1 else ""
+        return f"{self.method}, {self.blocks}, sigma {width}{held}"
 
 
 def every(*, thin: bool = False) -> list[Variant]:
@@ -81,6 +86,7 @@ def every(*, thin: bool = False) -> list[Variant]:
                 rows.append(Variant(method, cfg, control, sigma, blocks))
         if not control:
             rows += [Variant(method, cfg) for method in RELATIVES]
+            rows += [Variant(SEG_ON, cfg, every=n) for n in HELD]
     return rows
 
 
@@ -134,7 +140,14 @@ class Bench:
         reuse = variant.method == SEG_ON
         node = self.seg_node
         return node.execute(
-            self.unet, 3.0, infinite, width, *variant.window, blocks=blocks, reuse=reuse
+            self.unet,
+            3.0,
+            infinite,
+            width,
+            *variant.window,
+            blocks=blocks,
+            reuse=reuse,
+            every=variant.every,
         )[0]
 
     def _relatives(self, method: str) -> Any:
@@ -145,7 +158,7 @@ class Bench:
         model = self.unet
         if "SEG" in method:
             model = self.seg_node.execute(model, 3.0, True, FINITE, 0.0, 1.0)[0]
-        for name in ("PAG", "TPG", "SLG"):
+        for name in ("PAG", "TPG", "SSG", "SLG"):
             if name in method:
                 module = importlib.import_module(f"{ours}.{name.lower()}")
                 node = getattr(module, f"SEGuidance{name}")

@@ -29,6 +29,7 @@ BESIDE_OFF = {  # which guidances each picture compares with *off*
     "relatives": ("SEG", "PAG", "SAG"),
     "relatives_tpg": ("SEG", "TPG"),
     "relatives_slg": ("SEG", "SLG"),
+    "relatives_ssg": ("SEG", "SSG"),
 }
 
 
@@ -89,6 +90,7 @@ def relatives(host: Server) -> None:
         settings.sag(0.25),
         settings.tpg(0.3, "middle"),
         settings.slg(0.3),
+        settings.ssg(0.5),
     ]
     graph = _sources("nothing", BATCH, scale=4)
     for each in compared:

@@ -10,7 +10,7 @@ from dev.environment import registry_settings, stream, uv_command
 from dev.places import WINDOWS, cache_root, locked, made_folder
 from dev.say import disk_errors, step
 
-TOOLS = ("comfy-cli==1.23.0", "comfy-test==0.4.15")
+TOOLS = ("comfy-cli==1.23.0",)
 MAPS = ("comfyui-manager==4.3",)  # for its map of node ids alone, so without what it needs
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
@@ -23,7 +23,7 @@ def ensure() -> Path:
     stamp = folder / "finished"
     with locked(cache_root() / "locks" / "registry", "fetching the registry's tools"):
         if not stamp.exists():
-            step("Fetching the registry's tools (comfy-cli, comfy-test)")
+            step("Fetching the registry's tools (comfy-cli)")
             _make(folder, scripts)
             with disk_errors(stamp):
                 stamp.touch()

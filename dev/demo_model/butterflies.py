@@ -12,6 +12,9 @@ import numpy as np
 SIZE = 32
 HUES = {"orange": 0.06, "green": 0.33, "blue": 0.58, "violet": 0.80}
 HUE_SPREAD = 0.05
+# Centre x and y, radii along and across, angle.
+FORE_WING = ((0.38, 0.48), (-0.38, -0.24), (0.40, 0.50), (0.22, 0.34), (-0.9, -0.4))
+HIND_WING = ((0.28, 0.38), (0.28, 0.42), (0.30, 0.42), (0.20, 0.30), (0.4, 1.0))
 FILL = 0.92  # below 1 the butterfly fills more of the picture
 CHANNELS = 3
 
@@ -66,21 +69,8 @@ def appearance(rng: np.random.Generator, classes: np.ndarray) -> dict[str, np.nd
 
     hue = np.array(list(HUES.values()))[classes] + between(-HUE_SPREAD, HUE_SPREAD)
     look: dict[str, np.ndarray] = {
-        # Centre x and y, radii along and across, angle.
-        "fore": columns(
-            between(0.38, 0.48),
-            between(-0.38, -0.24),
-            between(0.40, 0.50),
-            between(0.22, 0.34),
-            between(-0.9, -0.4),
-        ),
-        "hind": columns(
-            between(0.28, 0.38),
-            between(0.28, 0.42),
-            between(0.30, 0.42),
-            between(0.20, 0.30),
-            between(0.4, 1.0),
-        ),
+        "fore": columns(*(between(*ends) for ends in FORE_WING)),
+        "hind": columns(*(between(*ends) for ends in HIND_WING)),
         "body": columns(
             np.zeros(count), between(-0.02, 0.06), between(0.06, 0.1), between(0.4, 0.5), hue * 0
         ),

@@ -19,7 +19,7 @@ from dev.evaluation.features import RandomFeatures
 from dev.evaluation.measures import Gaussian, contrast, saturation, with_contrast
 from dev.evaluation.render import Plan, duration, pictures, render, token_of
 from dev.evaluation.report import PM
-from dev.evaluation.settings import Setting, demo_grid, reported_grid
+from dev.evaluation.settings import Setting, demo_grid, held, reported_grid
 from dev.graphs import OFF, Graph, new_node
 from dev.host import Server
 from dev.places import ARTIFACTS, DEMO_PACK, made_folder
@@ -35,6 +35,7 @@ NOTHING = "nothing"
 REFERENCE = 4096  # pictures, so many that their own chance hardly counts
 REFERENCE_SEED = 1
 FLOOR_SEED = 100
+HELD = ("SEG", "PAG", "SLG")  # methods whose difference is also held for some steps
 CHOOSING, REPORTING = 1_000_000, 2_000_000  # first seeds; the two sets never meet
 
 
@@ -83,7 +84,9 @@ class Judge:
         floor = tuple(self._data.distance(self.features(images)) for images in fresh)
         return replace(self._data, floor=floor)
 
-    def rows(self, stage: Stage, files: Mapping[str, Sequence[Path]]) -> list[report.Row]:
+    def rows(
+        self, stage: Stage, files: Mapping[str, Sequence[Path]], base: str = OFF
+    ) -> list[report.Row]:
         """Measure the rendered settings of a stage, also brought to the data's contrast."""
         images = {name: np.stack(list(pictures(each))) for name, each in files.items()}
         features = {name: self.features(each) for name, each in images.items()}
@@ -92,7 +95,7 @@ class Judge:
             for name, each in images.items()
         }
         data = self.data(len(stage.seeds))
-        return report.measured(stage.settings, images, features, data, matched)
+        return report.measured(stage.settings, images, features, data, matched, base)
 
 
 def drawn(seed: int, count: int) -> np.ndarray:
@@ -131,10 +134,8 @@ def evaluate(options: argparse.Namespace, out: Path) -> int:
     step(f"Drawing {REFERENCE} butterflies as the reference")
     judge = Judge()
     grid = demo_grid()
-    bare, asked = (
-        plan([NOTHING], 1.0, options),
-        plan(list(butterflies.HUES), CFG, options),
-    )
+    bare = plan([NOTHING], 1.0, options)
+    asked = plan(list(butterflies.HUES), CFG, options)
     choosing = Stage("Choosing", grid, range(CHOOSING, CHOOSING + few), bare)
     step("Starting ComfyUI (about 15 s)")
     with Server(tree, demo=True) as host:
@@ -144,16 +145,24 @@ def evaluate(options: argparse.Namespace, out: Path) -> int:
         picked = [each for each in grid if each.name in (OFF, *choice.values())]
         title = f"Prompts {', '.join(butterflies.HUES)}, cfg {CFG:g}"
         prompted = Stage(title, picked, seeds, asked)
-        shown = {stage.title: rendered(host, stage, token) for stage in (reporting, prompted)}
+        best = {each.method: each for each in picked}
+        holding = [
+            Stage(f"Held differences, {method}", held(best[method]), seeds, bare) for method in HELD
+        ]
+        stages = (reporting, prompted, *holding)
+        shown = {stage.title: rendered(host, stage, token) for stage in stages}
     floor = judge.data(many).floor
     parts = [_head(few, many, options.steps or STEPS, floor)]
     kept: dict[str, Any] = {"chosen": choice, "floor": floor}
-    for stage in (reporting, prompted):
-        rows = judge.rows(stage, shown[stage.title])
+    for stage in stages:
+        base = stage.settings[0].name  # off, or the setting whose difference is not held
+        rows = judge.rows(stage, shown[stage.title], base)
         kept[stage.title] = [asdict(row) for row in rows]
-        parts += [f"## {stage.title}", report.table(rows, list(choice.values()))]
-        parts.append("Share of the distance above the floor, and of the mirror error, removed:")
-        parts.append("\n".join(report.verdict(rows, choice, float(np.mean(floor)))))
+        bold = [base] if stage in holding else list(choice.values())
+        parts += [f"## {stage.title}", report.table(rows, bold, base)]
+        if stage not in holding:
+            parts.append("Share of the distance above the floor, and of the mirror error, removed:")
+            parts.append("\n".join(report.verdict(rows, choice, float(np.mean(floor)))))
     publish(out, "evaluation", "\n\n".join(parts) + "\n", kept, shown[reporting.title])
     say(f"({duration(time.monotonic() - begin)} in all)")
     return 0

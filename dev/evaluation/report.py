@@ -40,7 +40,7 @@ class Row:
         mirror: mirror error.
         contrast: as a share of the data's.
         saturation: as a share of the data's.
-        moved: RMS difference from *off*, as a share of the contrast of *off*.
+        moved: RMS difference from the base, *off* in most tables, as a share of its contrast.
     """
 
     name: str
@@ -84,13 +84,14 @@ def measured(
     features: Mapping[str, np.ndarray],
     data: Data,
     matched: Mapping[str, np.ndarray] | None = None,
+    base: str = OFF,
 ) -> list[Row]:
-    """Measure every setting's pictures, paired by seed with those of *off*."""
-    distances = bootstrap(features, data.distance, OFF)
-    equals = bootstrap(matched, data.distance, OFF) if matched else None
+    """Measure every setting's pictures, paired by seed with those of `base`."""
+    distances = bootstrap(features, data.distance, base)
+    equals = bootstrap(matched, data.distance, base) if matched else None
     mirrors = None
     if data.mirrored:
-        mirrors = bootstrap({k: mirror_parts(v) for k, v in images.items()}, ratio, OFF)
+        mirrors = bootstrap({k: mirror_parts(v) for k, v in images.items()}, ratio, base)
     return [
         Row(
             setting.name,
@@ -100,22 +101,23 @@ def measured(
             mirrors[setting.name] if mirrors else None,
             float(contrast(images[setting.name]).mean() / data.contrast),
             float(saturation(images[setting.name]).mean() / data.saturation),
-            moved(images[setting.name], images[OFF]),
+            moved(images[setting.name], images[base]),
         )
         for setting in settings
     ]
 
 
-def table(rows: Sequence[Row], chosen: Sequence[str] = ()) -> str:
+def table(rows: Sequence[Row], chosen: Sequence[str] = (), base: str = OFF) -> str:
     """Return the rows as a Markdown table; chosen settings are bold."""
     known = {"contrast equal": rows[0].matched, "mirror error": rows[0].mirror}
-    head = ["setting", "Frechet distance", "change from off"]
+    words = base if base == OFF else "every 1"
+    head = ["setting", "Frechet distance", f"change from {words}"]
     head += [name for name, estimate in known.items() if estimate is not None]
-    head += ["contrast", "saturation", "moved from off"]
+    head += ["contrast", "saturation", f"moved from {words}"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         name = f"**{row.name}**" if row.name in chosen else row.name
-        cells = [name, _figure(row.distance), "" if row.name == OFF else _change(row.distance)]
+        cells = [name, _figure(row.distance), "" if row.name == base else _change(row.distance)]
         cells += [_figure(each) for each in (row.matched, row.mirror) if each is not None]
         cells += [f"{row.contrast:.2f}", f"{row.saturation:.2f}", f"{row.moved:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")

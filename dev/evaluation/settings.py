@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dev.graphs import GUIDANCE, OFF, WHOLE
 
-SAG, PAG, TPG, SLG = (f"SEGuidance{name}" for name in ("SAG", "PAG", "TPG", "SLG"))
+SAG, PAG, TPG, SSG, SLG = (f"SEGuidance{name}" for name in ("SAG", "PAG", "TPG", "SSG", "SLG"))
 SAG_BLUR = 2.0  # the node's default, in latent cells
 
 
@@ -19,7 +19,7 @@ class Setting:
 
     Attributes:
         name: what tables and pictures call it.
-        method: `off`, `SAG`, `PAG`, `TPG`, `SLG` or `SEG`.
+        method: `off`, `SAG`, `PAG`, `TPG`, `SSG`, `SLG` or `SEG`.
         node: the node's id, or None.
         inputs: of the node, but for the model.
         chooses: False for a variant that shows something but is not a candidate.
@@ -54,6 +54,11 @@ def tpg(scale: float, blocks: str = "auto") -> Setting:
     return Setting(f"TPG scale {scale:g}", "TPG", TPG, {"scale": scale, "blocks": blocks, **WHOLE})
 
 
+def ssg(scale: float) -> Setting:
+    """Return Self-Swap Guidance at a scale."""
+    return Setting(f"SSG scale {scale:g}", "SSG", SSG, {"scale": scale, **WHOLE})
+
+
 def slg(scale: float) -> Setting:
     """Return Skip Layer Guidance at a scale, in all of sampling."""
     return Setting(f"SLG scale {scale:g}", "SLG", SLG, {"scale": scale, **WHOLE})
@@ -76,11 +81,13 @@ def demo_grid() -> list[Setting]:
         *(pag(scale) for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
         # The demo model attends in its middle block alone.
         *(tpg(scale, "middle") for scale in (0.1, 0.25, 0.5, 1.0)),
+        *(ssg(scale) for scale in (0.1, 0.25, 0.5, 1.0)),
         *(slg(scale) for scale in (0.1, 0.25, 0.5, 1.0)),
         *(seg(sigma, scale) for sigma in (1.0, 2.0, 4.0) for scale in (0.25, 0.5, 1.0)),
         *(seg(math.inf, scale) for scale in (0.1, 0.25, 0.5, 1.0, 3.0)),
         seg(math.inf, 3.0, rescale=0.7),
         seg(math.inf, 3.0, end_percent=0.5),
+        *(seg(math.inf, scale, strength=0.5) for scale in (0.25, 0.5)),
     ]
 
 
@@ -99,6 +106,15 @@ def reported_grid(choice: Mapping[str, str]) -> list[Setting]:
         *(each for each in known.values() if each.inputs.get("infinite_blur")),
     ]
     return list({each.name: each for each in (off(), *best, *sweeps)}.values())
+
+
+def held(setting: Setting) -> list[Setting]:
+    """Return a setting, and the same with its difference held for one to three steps."""
+    more = [
+        replace(setting, name=f"{setting.name}, every {n}", inputs={**setting.inputs, "every": n})
+        for n in (2, 3, 4)
+    ]
+    return [setting, *more]
 
 
 def history_grid() -> list[Setting]:
