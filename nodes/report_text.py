@@ -106,8 +106,12 @@ def _held(record: Record) -> str:
     held = sum(branch.held for branch in branches)
     if not held:
         return ""
-    off = [branch.off for branch in branches if not math.isnan(branch.off)]
-    checked = f"; off by {_percent(mean(off))} where it was checked" if off else ""
+    checks = [branch for branch in branches if not math.isnan(branch.off)]
+    checked = ""
+    if checks:
+        off = _percent(mean(branch.off for branch in checks))
+        cosine = mean(branch.held_cosine for branch in checks)
+        checked = f"; off by {off}, cosine {cosine:.2f}, where it was checked"
     return f" The difference was held in {held} of {len(branches)} evaluations{checked}."
 
 

@@ -72,6 +72,9 @@ def test_it_says_what_was_held_and_which_cfg_the_result_is_nearest_to(caplog):
     record = record_of(seg(shared_model(), every=3), steps=7, cfg=4.0)
     said = words(record)
     assert "held in 4 of 7 evaluations; off by" in said
+    checked = [branch for step in record.steps for branch in step.branches.values()][3::3]
+    cosine = statistics.mean(branch.held_cosine for branch in checked)
+    assert f", cosine {cosine:.2f}, where it was checked." in said
     assert [step.branches[0].held for step in record.steps] == 2 * [False, True, True] + [False]
     line = next(message for message in caplog.messages if "effective cfg" in message)
     cfg = statistics.mean(step.branches[0].effective_cfg for step in record.steps)

@@ -56,6 +56,7 @@ class BranchRecord:
         effective_cfg: the cfg that the guided prediction is nearest to; NaN without one.
         beside: share of the push that no cfg could give; NaN without one.
         off: how far a held difference was from this computed one, as a share; NaN if none was held.
+        held_cosine: between the two; NaN if none was held.
         joined: perturbed predictions made in the call of the base prediction.
         whole: those that took a pass of their own, by reason.
         held: the last difference stood in for a prediction.
@@ -69,6 +70,7 @@ class BranchRecord:
     effective_cfg: float
     beside: float
     off: float
+    held_cosine: float
     joined: int
     whole: dict[str, int]
     held: bool

@@ -93,7 +93,8 @@ class Recorder:
             args: of the host's post-CFG call.
             guided: what it made of them.
             counts: its predictions in the run so far.
-            figures: effective cfg, share beside it, distance of a held difference; or NaN.
+            figures: effective cfg, share beside it, distance and cosine of a held difference; or
+                NaN.
         """
         step = self._step
         if step is None:

@@ -36,7 +36,8 @@ def _held(state: BranchState) -> str:
     if not state.held:
         return ""
     found = state.holding.agreement()
-    off = "" if found is None else _share(found[0], " (off by {} where it was checked)")
+    words = "" if found is None else f", cosine {found[1]:.2f}, where it was checked)"
+    off = "" if found is None else _share(found[0], " (off by {}" + words)
     return f", {state.held} held{off}"
 
 

@@ -76,10 +76,10 @@ class BranchState:
         return self.joined, Counter(self.whole), self.held
 
     def figures(self) -> torch.Tensor:
-        """Return the last effect, and how far off a difference was that was held until then."""
-        effect = self.effects[-1]
-        off = effect.new_full((1,), torch.nan) if self.holding.off is None else self.holding.off
-        return torch.cat([effect, off.reshape(1).to(effect)])
+        """Return the last effect, and the check of a difference that was held until then."""
+        effect, check = self.effects[-1], self.holding.check
+        check = effect.new_full((2,), torch.nan) if check is None else check.to(effect)
+        return torch.cat([effect, check])
 
     def note_effect(self, args: dict[str, Any], guided: torch.Tensor) -> None:
         """Note what a guided prediction amounts to; NaN where no cfg is to compare it with."""
