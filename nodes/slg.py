@@ -88,9 +88,9 @@ class SEGuidanceSLG(GuidanceNode, io.ComfyNode):
     @classmethod
     def perturbation(cls, model: Any, *, scale: float, **widgets: Any) -> BlockPerturbation:
         """Return what makes the prediction worse; say once if its default scale is too high."""
-        perturbation = super().perturbation(model, **widgets)
-        assert isinstance(perturbation, BlockPerturbation)
-        case = "random" if perturbation.drawn else network_of(model, cls.LABEL).kind
+        network, change = network_of(model, cls.LABEL), cls.change(**widgets)
+        perturbation = network.perturbation(cls.LABEL, widgets["blocks"], change)
+        case = "random" if perturbation.drawn else network.kind
         if scale == SCALE and case in MEASURED:
             _advise(case, *MEASURED[case])
         return perturbation
