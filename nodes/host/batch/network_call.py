@@ -110,13 +110,21 @@ def _named(forward: Callable[..., Any]) -> list[str]:
     return [one.name for one in known if one.kind not in _OPEN]
 
 
+@functools.lru_cache(maxsize=256)
+def _named_by_class(method: Callable[..., Any]) -> list[str]:
+    """Return the same of a class's method, without `self`; asked once, as it takes its time."""
+    return _named(method)[1:]
+
+
 def _names(forward: Callable[..., Any], own: Any, args: Sequence[Any]) -> list[str]:
     """Return what a module calls its arguments, and some name where it does not say.
 
     Another node may have put a function in the place of a class's `own` method, with other names
     or none: it is called as the host calls the method.
     """
-    known = [_named(own)[1:] if callable(own) else [], _named(forward)]
+    known = [_named_by_class(own)] if callable(own) else []
+    if not known or getattr(forward, "__func__", None) is not own:
+        known.append(_named(forward))
     names = max((some[: len(args)] for some in known), key=len)
     for number in range(len(names), len(args)):
         is_options = are_options(args[number])
