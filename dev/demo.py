@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import io
+import math
 import re
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dev import graphs
 from dev.comfy_tree import host_tree
 from dev.demo_model import butterflies
 from dev.demo_picture import Row, report, write_picture
-from dev.evaluation.settings import shown_grid
+from dev.evaluation import checkpoint, demo
+from dev.evaluation.render import SAVE, Plan
+from dev.evaluation.settings import Setting, off, seg, shown_grid
 from dev.host import Server
 from dev.machine import link_file
-from dev.places import ARTIFACTS, DEMO_PACK
+from dev.places import ARTIFACTS
 from dev.say import Failure, say, step
 
-COLUMNS = (graphs.OFF, "sigma 1", "sigma 4", graphs.INFINITE)
-DEMO_SIZE = butterflies.SIZE
 DEMO_BATCH = 6
-DEMO_STEPS = 20
-DEMO_CFG = 2.0
+DEMO_PROMPTS = (demo.NOTHING, *butterflies.HUES)
+SIZE = (1024, 1024)
+STEPS = 25
 CFG = 4.0
-DEMO_PROMPTS = ("nothing", *butterflies.HUES)
+CHECKPOINT_COLUMNS = [off(), *(seg(sigma, 3.0) for sigma in (1.0, 4.0, math.inf))]
 PATIENCE = 24 * 3600.0  # seconds; a large model on a CPU takes its time
 SHOWN = ("ComfyUI version", "Device:", "loaded completely", "WARNING", "ERROR")
 
@@ -35,18 +39,21 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """Render the comparison, write the labelled picture and report the figures."""
     del rest
     begin = time.monotonic()
-    checkpoint = _checkpoint(options)
-    rows = _rows(options, checkpoint)
+    file = _checkpoint(options)
+    rows = _rows(options, file)
+    columns = shown_grid() if file is None else CHECKPOINT_COLUMNS
     tree = host_tree()
     step("Starting ComfyUI (about 15 s)")
     progress = Progress()
-    with Server(tree, demo=checkpoint is None, on_line=progress) as host:
-        if checkpoint is not None:
-            link_file(checkpoint, host.base / "models" / "checkpoints" / checkpoint.name)
+    with Server(tree, demo=file is None, on_line=progress) as host:
+        if file is not None:
+            link_file(file, host.base / "models" / "checkpoints" / file.name)
         for row in rows:
-            _render(host, row, options, checkpoint, progress)
+            _render(host, row, columns, options.seed, progress)
     out = Path(options.out or ARTIFACTS / "demo.png").resolve()
-    write_picture(rows, out, _title(options, checkpoint))
+    source = file.name if file else "demo model"
+    title = f"Smoothed Energy Guidance: {source}, seed {options.seed} in every column"
+    write_picture(rows, out, title)
     report(rows)
     say(f"\nThe picture: {out}\n({time.monotonic() - begin:.0f} s in all)")
     return 0
@@ -56,8 +63,6 @@ def _checkpoint(options: argparse.Namespace) -> Path | None:
     if options.checkpoint is None:
         if options.size:
             raise Failure("--size needs --checkpoint; the demo model draws at one size.")
-        if not (DEMO_PACK / "__init__.py").exists():
-            raise Failure(f"The demo model's pack is missing: {DEMO_PACK}.")
         return None
     path = Path(options.checkpoint).expanduser().resolve()
     if not path.is_file():
@@ -65,56 +70,36 @@ def _checkpoint(options: argparse.Namespace) -> Path | None:
     return path
 
 
-def _rows(options: argparse.Namespace, checkpoint: Path | None) -> list[Row]:
-    prompt = options.prompt
-    if checkpoint is None:
-        prompt = prompt or "blue"
+def _rows(options: argparse.Namespace, file: Path | None) -> list[Row]:
+    """Return a row without a prompt and a row with one, each with its sampling."""
+    if file is None:
+        prompt = options.prompt or "blue"
         if prompt not in DEMO_PROMPTS:
             choices = ", ".join(DEMO_PROMPTS)
             raise Failure(f"The demo model knows the prompts {choices}; it got {prompt!r}.")
-    prompt = prompt or "a photograph of a lighthouse on a cliff, evening light"
-    nothing, cfg = ("nothing", DEMO_CFG) if checkpoint is None else ("", CFG)
+        sources = functools.partial(demo.sources, scale=4)
+        plan = Plan(sources, [demo.NOTHING], demo.STEPS, demo.CFG, DEMO_BATCH, PATIENCE)
+    else:
+        prompt = options.prompt or "a photograph of a lighthouse on a cliff, evening light"
+        sources = checkpoint.sources(file.name, options.size or SIZE)
+        plan = Plan(sources, [""], STEPS, CFG, seconds=PATIENCE)
+    plan = replace(plan, steps=options.steps or plan.steps)
+    asked = f'cfg {plan.cfg:g}, prompt "{prompt}"'
     return [
-        Row("no prompt, cfg 1", "no prompt, cfg 1", nothing, 1.0),
-        Row(f"prompt, cfg {cfg:g}", f'cfg {cfg:g}, prompt "{prompt}"', prompt, cfg),
+        Row("no prompt, cfg 1", "no prompt, cfg 1", replace(plan, cfg=1.0)),
+        Row(f"prompt, cfg {plan.cfg:g}", asked, replace(plan, prompts=[prompt])),
     ]
 
 
-def _columns(checkpoint: Path | None) -> dict[str, graphs.Graph]:
-    """Return a workflow for each column: the shipped one's, or what `evaluate` found to show."""
-    parts = graphs.columns(graphs.comparison())
-    for column in COLUMNS:
-        if column not in parts:
-            raise Failure(f"The shipped comparison has no column {column!r}.")
-    if checkpoint is not None:
-        return {column: parts[column] for column in COLUMNS}
-    guided = {
-        each.name: graphs.with_guidance(parts[graphs.INFINITE], **each.inputs)
-        for each in shown_grid()
-        if each.node == graphs.GUIDANCE
-    }
-    return {graphs.OFF: parts[graphs.OFF], **guided}
-
-
 def _render(
-    host: Server,
-    row: Row,
-    options: argparse.Namespace,
-    checkpoint: Path | None,
-    progress: Progress,
+    host: Server, row: Row, columns: Sequence[Setting], seed: int, progress: Progress
 ) -> None:
-    steps = options.steps
-    for column, part in _columns(checkpoint).items():
-        if checkpoint is None:
-            steps = steps or DEMO_STEPS
-            graph = graphs.for_demo_model(part, row.prompt, size=DEMO_SIZE, batch=DEMO_BATCH)
-        else:
-            graph = graphs.for_checkpoint(part, checkpoint.name, row.prompt, options.size)
-        graph = graphs.with_sampling(graph, cfg=row.cfg, seed=options.seed, steps=steps)
-        progress.start(f"{row.label} | {column}")
-        found = host.run(graph, PATIENCE)["save"]["images"]
-        row.images[column] = [_opened(host.image_bytes(image)) for image in found]
-        row.seconds[column] = progress.done() / len(found)
+    for setting in columns:
+        graph = row.plan.graph(setting, row.plan.prompts[0], seed)
+        progress.start(f"{row.label} | {setting.name}")
+        found = host.run(graph, row.plan.seconds)[SAVE]["images"]
+        row.images[setting.name] = [_opened(host.image_bytes(image)) for image in found]
+        row.seconds[setting.name] = progress.done() / len(found)
 
 
 class Progress:
@@ -157,8 +142,3 @@ def _opened(data: bytes) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def _title(options: argparse.Namespace, checkpoint: Path | None) -> str:
-    source = f"scale 3, {checkpoint.name}" if checkpoint else "demo model"
-    return f"Smoothed Energy Guidance: {source}, seed {options.seed} in every column"

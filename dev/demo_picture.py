@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dev import graphs
 from dev.evaluation.measures import moved
+from dev.evaluation.render import Plan
+from dev.graphs import OFF
 from dev.places import made_folder
 from dev.say import disk_errors, say
 
@@ -16,12 +17,11 @@ WIDTH = 26
 
 @dataclass
 class Row:
-    """One row of the picture: a prompt and a cfg, and the images of each column."""
+    """One row of the picture: how it is sampled, and the images of each column."""
 
     label: str
     caption: str
-    prompt: str
-    cfg: float
+    plan: Plan
     images: dict[str, list[Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -38,7 +38,7 @@ def report(rows: list[Row]) -> None:
     say("and how far the column moved from *off*: RMS difference / contrast of *off*")
     say(f"{'':<18}" + "".join(f"{column:>{WIDTH}}" for column in rows[0].images))
     for row in rows:
-        off = row.images[graphs.OFF]
+        off = row.images[OFF]
         cells = (
             f"{row.seconds[column]:8.2f} s {_moved(images, off):7.1%}"
             for column, images in row.images.items()
@@ -47,7 +47,7 @@ def report(rows: list[Row]) -> None:
 
 
 def write_picture(rows: list[Row], out: Path, title: str) -> None:
-    """Draw the columns side by side, labelled, and write the PNG."""
+    """Draw the columns side by side, labelled, and write the picture."""
     from PIL import Image, ImageDraw, ImageFont
 
     sheets = [[_sheet(images) for images in row.images.values()] for row in rows]
@@ -68,12 +68,12 @@ def write_picture(rows: list[Row], out: Path, title: str) -> None:
             picture.paste(
                 sheets[y][x].resize((width, height), Image.Resampling.NEAREST), (left, top)
             )
-            away = _moved(row.images[column], row.images[graphs.OFF])
+            away = _moved(row.images[column], row.images[OFF])
             note = row.caption if x == 0 else f"differs from off by {away:.0%}"
             draw.text((left, top + height + 6), _fitted(draw, note, width, small), "black", small)
     with disk_errors(out):
         made_folder(out.parent)
-        picture.save(out)
+        picture.save(out, quality=92, subsampling=0, optimize=True)  # if a JPEG is asked for
 
 
 def _fitted(draw: Any, text: str, width: int, font: Any) -> str:

@@ -8,11 +8,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from pathlib import Path
 
-from dev.places import ROOT, WINDOWS, cache_root, locked, made_folder, remove_tree, require_space
+from dev.places import ROOT, WINDOWS, cache_root, locked, made_once, require_space
 from dev.say import Failure, disk_errors, say, step
 
 UV_VERSION = "0.13.8"
@@ -21,6 +20,7 @@ LOCK = ROOT / "dev" / "requirements.txt"
 VENV = ROOT / ".venv"
 STAMP = VENV / "made-from.json"
 SCRIPTS = VENV / ("Scripts" if WINDOWS else "bin")
+BASE = getattr(sys, "_base_executable", None) or sys.executable  # also from within `.venv`
 PYTHON = SCRIPTS / ("python.exe" if WINDOWS else "python")
 REASONS = (
     (r"no space left|os error 28|disk quota|not enough space", "the disk is full"),
@@ -42,19 +42,18 @@ def enter(arguments: list[str]) -> int | None:
     inside = Path(sys.prefix).resolve() == VENV.resolve()
     if inside and is_current():
         return None
-    base = getattr(sys, "_base_executable", None) or sys.executable
     if not inside:
         _require_supported_python()
-        ensure(base)
-    return _replace_process([base if inside else str(PYTHON), str(ROOT / "dev.py"), *arguments])
+        ensure()
+    return _replace_process([BASE if inside else str(PYTHON), str(ROOT / "dev.py"), *arguments])
 
 
-def ensure(base: str) -> None:
+def ensure() -> None:
     """Make `.venv` unless it is current; a half-made one is made again."""
     name = hashlib.sha256(str(ROOT).encode()).hexdigest()[:16]
     with locked(cache_root() / "locks" / f"venv-{name}", "this checkout's .venv"):
         if not is_current():
-            _make(base)
+            _make()
 
 
 def is_current() -> bool:
@@ -80,14 +79,13 @@ def _require_supported_python() -> None:
         )
 
 
-def _make(base: str) -> None:
+def _make() -> None:
     step(f"Making {VENV} (PyTorch, ComfyUI's requirements, test tools; first time: minutes)")
     require_space(ROOT, 1, "The environment")
-    uv = uv_command(base)
-    environment = registry_settings(base)
+    uv, environment = uv_command(), registry_settings()
     with disk_errors(STAMP):
         STAMP.unlink(missing_ok=True)
-    stream([uv, "venv", "--quiet", "--clear", "--python", base, VENV], environment, "make .venv")
+    stream([uv, "venv", "--quiet", "--clear", "--python", BASE, VENV], environment, "make .venv")
     stream(
         [uv, "pip", "install", "--python", PYTHON, "--requirement", LOCK],
         environment,
@@ -99,40 +97,44 @@ def _make(base: str) -> None:
     say(f"   {VENV} is ready")
 
 
-def uv_command(base: str) -> Path:
+def uv_command() -> Path:
     """Return the pinned uv, fetched by pip into the shared cache at its first use."""
     folder = cache_root() / "tools" / f"uv-{UV_VERSION}"
-    with locked(cache_root() / "locks" / "uv", "fetching uv"):
-        if not folder.exists():
-            step(f"Fetching uv {UV_VERSION} with pip")
-            _fetch_uv(base, folder)
+    made_once(folder, f"uv {UV_VERSION}", 0.2, _fetched_uv)
     found = [*folder.glob("bin/uv"), *folder.glob("bin/uv.exe"), *folder.glob("Scripts/uv.exe")]
     if not found:
         raise Failure(f"{folder} holds no uv; delete that folder and try again.")
     return found[0]
 
 
-def _fetch_uv(base: str, folder: Path) -> None:
-    pip = [base, "-m", "pip", "--disable-pip-version-check"]
+def _fetched_uv(scratch: Path) -> Path:
+    target = scratch / "uv"
+    pip = [BASE, "-m", "pip", "--disable-pip-version-check"]
     if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
-        raise Failure(f"{base} has no pip; install it (Debian: apt install python3-pip).")
-    made_folder(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".uv-") as scratch:
-        target = Path(scratch) / "uv"
-        wanted = ["--no-deps", "--only-binary", ":all:", "--target", target, f"uv=={UV_VERSION}"]
-        stream([*pip, "install", *wanted], registry_settings(base), "fetch uv with pip")
-        with disk_errors(folder):
-            target.replace(folder)
+        raise Failure(f"{BASE} has no pip; install it (Debian: apt install python3-pip).")
+    wanted = ["--no-deps", "--only-binary", ":all:", "--target", target, f"uv=={UV_VERSION}"]
+    stream([*pip, "install", *wanted], registry_settings(), "fetch uv with pip")
+    return target
 
 
-def registry_settings(base: str | None = None) -> dict[str, str]:
+def fetch_pinned(requirement: str, digest: str, scratch: Path, *way: object) -> None:
+    """Let pip fetch the one file that has this SHA-256; `way` is its command, and where to."""
+    pinned = scratch / "pinned.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{digest}\n")
+    command = python_command(
+        *("-m", "pip", "--disable-pip-version-check", *way, "--quiet", "--no-deps"),
+        *("--require-hashes", "--requirement", pinned),
+    )
+    stream(command, registry_settings(), f"fetch {requirement} with pip")
+
+
+def registry_settings() -> dict[str, str]:
     """Return this process's environment with pip's index settings, spelled for uv too."""
-    base = base or getattr(sys, "_base_executable", None) or sys.executable
     environment = dict(os.environ)
     environment.update(UV_PYTHON_DOWNLOADS="never")
     environment.pop("VIRTUAL_ENV", None)
     listing = subprocess.run(
-        [base, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+        [BASE, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
     pattern = r"^(?:global|install|:env:)\.([a-z-]+)='(.*)'$"
     settings = {key: value.split() for key, value in re.findall(pattern, listing, re.MULTILINE)}
@@ -207,17 +209,3 @@ def _replace_process(command: list[str]) -> int:
 def python_command(*arguments: object) -> list[str]:
     """Return a command line for the environment's Python."""
     return [str(PYTHON), *map(str, arguments)]
-
-
-__all__ = [
-    "PYTHON",
-    "VENV",
-    "ensure",
-    "enter",
-    "python_command",
-    "reason",
-    "registry_settings",
-    "remove_tree",
-    "stream",
-    "uv_command",
-]

@@ -1,7 +1,8 @@
-"""The pictures of the help pages, the icon and the banner: `python -m dev.pictures help`.
+"""The pictures of the help pages, the icon and the banner: `python -m dev.help_pictures`.
 
 Results come out of the nodes themselves, on a real ComfyUI with the demo model; diagrams are
-computed by `seg_core`.
+computed by `seg_core`. The README's picture is the output of `dev.py demo --out docs/demo.jpg`,
+thumbnails of workflows are made by `dev/templates.py`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _compared(host: Server, **lists: str) -> tuple[Any, list[list[Any]]]:
     sampling = ksampler("model", steps=STEPS, cfg=1.0, seed=SEED)["inputs"]
     shared = {name: sampling[name] for name in sampling if name not in ("latent_image", "denoise")}
     wires = {"latent": ["latent", 0], "vae": ["vae", 0]}
-    graph = _sources("nothing", BATCH, scale=4) | {
+    graph = sources("nothing", BATCH, scale=4) | {
         "compare": new_node("SEGuidanceSweep", **shared, **wires, **lists),
         "grid": _saved("compare"),
         "all": _saved("compare", 1),
@@ -86,13 +87,13 @@ def relatives(host: Server) -> None:
     compared = [
         settings.off(),
         settings.seg(math.inf, SCALE),
-        settings.pag(0.5),
-        settings.sag(0.25),
-        settings.tpg(0.3, "middle"),
-        settings.slg(0.3),
-        settings.ssg(0.5),
+        settings.other("PAG", 0.5),
+        settings.other("SAG", 0.25),
+        settings.other("TPG", 0.3, blocks="middle"),
+        settings.other("SLG", 0.3),
+        settings.other("SSG", 0.5),
     ]
-    graph = _sources("nothing", BATCH, scale=4)
+    graph = sources("nothing", BATCH, scale=4)
     for each in compared:
         if each.node is not None:
             graph[each.method] = new_node(each.node, model=["model", 0], **each.inputs)
@@ -105,25 +106,24 @@ def relatives(host: Server) -> None:
 
 
 def report(host: Server) -> None:
-    """Draw what SEG Report shows of a run with cfg and half a window."""
-    guidance = settings.seg(1.0, 0.5, end_percent=0.8)
-    shown = {"latent": ["run sampler", 0], "image": ["run decode", 0]}
-    graph = _sources("blue", 1, scale=8) | {
-        "seg": new_node("SEGuidance", model=["model", 0], **guidance.inputs),
-        "probe": new_node("SEGuidanceProbe", model=["seg", 0]),
-        **_sampled("run", ksampler("probe", steps=STEPS, cfg=2.0, seed=SEED)),
-        "report": new_node("SEGuidanceReport", probe=["probe", 1], **shown),
-        "plots": _saved("report"),
-        "maps": _saved("report", 1),
-    }
+    """Draw what SEG Report shows of a run."""
+    graph = report_graph() | {"plots": _saved("report"), "maps": _saved("report", 1)}
     found = _images(host, graph, "plots", "maps")
     _write("report_plots", found["plots"][0], colours=96)
-    _write("report_maps", _row(found["maps"]))
+    _write("report_maps", _table([[image] for image in found["maps"]], [""] * len(found["maps"])))
 
 
-def _sources(prompt: str, batch: int, scale: int) -> Graph:
-    """Return the evaluation's nodes around the sampler, for enlarged images."""
-    return sources(prompt, batch) | {"vae": new_node("SEGDemoVAE", scale=scale, method="bicubic")}
+def report_graph() -> Graph:
+    """Return a run with cfg and a window, and SEG Report on it."""
+    guidance = settings.seg(1.0, 0.5, end_percent=0.8)
+    shown = {"latent": ["sampler", 0], "image": ["decode", 0]}
+    return sources("blue", 1, scale=8) | {
+        "seg": new_node("SEGuidance", model=["model", 0], **guidance.inputs),
+        "probe": new_node("SEGuidanceProbe", model=["seg", 0]),
+        "sampler": ksampler("probe", steps=STEPS, cfg=2.0, seed=SEED),
+        "decode": new_node("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
+        "report": new_node("SEGuidanceReport", probe=["probe", 1], **shown),
+    }
 
 
 def _sampled(name: str, sampler: dict[str, Any]) -> Graph:
@@ -165,19 +165,11 @@ def _table(columns: Any, words: list[str]) -> Any:
     return pictures.labelled_grid(rows, words, [""] * len(rows))
 
 
-def _row(images: list[Any]) -> Any:
-    """Return images side by side."""
-    from PIL import Image
-
-    step = images[0].width + 8
-    size = (step * len(images) - 8, images[0].height)
-    sheet = Image.new("RGB", size, diagrams.DARK)
-    for index, image in enumerate(images):
-        sheet.paste(image, (index * step, 0))
-    return sheet
-
-
 def _write(name: str, picture: Any, *, colours: int = 256) -> None:
     path = PAGES / f"{name}.png"
     picture.convert("RGB").quantize(colours, kmeans=1).save(path, optimize=True)
     say(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1024} KiB")
+
+
+if __name__ == "__main__":
+    make_all()

@@ -71,11 +71,6 @@ class Server:
     def __exit__(self, *problem: object) -> None:
         self.stop()
 
-    @property
-    def log(self) -> str:
-        """Everything the server has printed so far."""
-        return "\n".join(self.lines)
-
     def is_alive(self) -> bool:
         """Tell whether the server is running."""
         return self._process is not None and self._process.poll() is None
@@ -150,8 +145,6 @@ class Server:
     def _require_alive(self, when: str) -> None:
         if not self.is_alive():
             time.sleep(0.2)  # let the reader take the last lines
-            if re.search(r"address already in use|winerror 10048", self.log, re.IGNORECASE):
-                raise Failure(f"Port {self.port} is taken; choose another with --port.")
             raise Failure(f"ComfyUI stopped {when}; {self._last_words()}")
 
     def _last_words(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -65,6 +66,26 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
         yield
 
 
+def made_once(folder: Path, what: str, gib: float, make: Callable[[Path], Path]) -> Path:
+    """Return a folder of the cache, which is made at its first use, whole or not at all.
+
+    Args:
+        folder: where it is kept.
+        what: what messages call it.
+        gib: the free space that it needs.
+        make: fills a scratch folder, and returns the folder in there that is to be kept.
+    """
+    with locked(cache_root() / "locks" / folder.name, f"fetching {what}"):
+        if not folder.exists():
+            step(f"Fetching {what}, kept in {folder}")
+            require_space(folder.parent, gib, what)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:
+                made = make(Path(scratch))
+                with disk_errors(folder):
+                    made.replace(folder)
+    return folder
+
+
 def _try_lock(handle: BinaryIO, *, wait: bool) -> bool:
     try:
         if WINDOWS:
@@ -79,11 +100,3 @@ def _try_lock(handle: BinaryIO, *, wait: bool) -> bool:
     except OSError:
         return False
     return True
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a folder or a link to one; missing is fine."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path, ignore_errors=True)

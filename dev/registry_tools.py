@@ -6,7 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from dev.environment import registry_settings, stream, uv_command
+from dev.environment import BASE, registry_settings, stream, uv_command
 from dev.places import WINDOWS, cache_root, locked, made_folder
 from dev.say import disk_errors, step
 
@@ -31,11 +31,10 @@ def ensure() -> Path:
 
 
 def _make(folder: Path, scripts: Path) -> None:
-    base = getattr(sys, "_base_executable", None) or sys.executable
-    uv, environment = uv_command(base), registry_settings(base)
+    uv, environment = uv_command(), registry_settings()
     python = scripts / ("python.exe" if WINDOWS else "python")
     made_folder(folder.parent)
-    stream([uv, "venv", "--quiet", "--clear", "--python", base, folder], environment, "make it")
+    stream([uv, "venv", "--quiet", "--clear", "--python", BASE, folder], environment, "make it")
     for packages in (TOOLS, ("--no-deps", *MAPS)):
         stream(
             [uv, "pip", "install", "--python", python, *packages],

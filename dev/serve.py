@@ -7,7 +7,6 @@ import time
 
 from dev.comfy_tree import host_tree, own_tree
 from dev.host import Server
-from dev.places import DEMO_PACK
 from dev.say import Failure, say, step
 
 
@@ -16,9 +15,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     del rest
     tree = host_tree(options.comfyui)
     step(f"Starting ComfyUI on port {options.port}; its log follows")
-    demo = (DEMO_PACK / "__init__.py").exists()
     models = tree / "models" if tree == own_tree() else None
-    with Server(tree, demo=demo, port=options.port, models=models, on_line=_show) as host:
+    with Server(tree, demo=True, port=options.port, models=models, on_line=_show) as host:
         step(f"Open {host.url} - models go to {host.base / 'models'} - stop with Ctrl-C")
         while host.is_alive():
             time.sleep(0.5)

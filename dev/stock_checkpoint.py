@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a script by `_make`: the checkout takes this folder's place
-    sys.path[:] = [*sys.path[1:], str(Path(__file__).resolve().parents[1])]
-
-from dev.environment import python_command
-from dev.places import cache_root, locked, made_folder, require_space
-from dev.say import Failure, step
+from dev.environment import python_command, stream
+from dev.places import ROOT, cache_root, locked, made_folder, require_space
+from dev.say import step
 
 EDITION = "v1"  # raise it whenever the content of the files changes
 CHECKPOINT = f"seg-random-sd15-{EDITION}.safetensors"
@@ -55,9 +51,9 @@ VAE = {
 
 
 def files(tree: Path) -> dict[str, Path]:
-    """Return the `checkpoint` and the `controlnet`, made with this ComfyUI at their first use."""
+    """Return folder in `models` -> file, made with this ComfyUI at their first use."""
     folder = cache_root() / "checkpoints"
-    wanted = {"checkpoint": folder / CHECKPOINT, "controlnet": folder / CONTROLNET}
+    wanted = {"checkpoints": folder / CHECKPOINT, "controlnet": folder / CONTROLNET}
     with locked(cache_root() / "locks" / "checkpoints", "making the test checkpoint"):
         if not all(path.exists() for path in wanted.values()):
             step(f"Making the random SD1.5 test checkpoint in {folder}")
@@ -67,24 +63,16 @@ def files(tree: Path) -> dict[str, Path]:
 
 
 def _make(tree: Path, folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}"}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
-        answer = subprocess.run(
-            python_command(__file__, tree, scratch),
-            env={**os.environ, "PYTHONPATH": str(tree)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if answer.returncode:
-            last = answer.stderr.strip().splitlines()[-1:]
-            raise Failure(f"Could not make the test checkpoint: {' '.join(last)}")
+        command = python_command("-m", "dev.stock_checkpoint", scratch)
+        stream(command, environment, "make the test checkpoint")
         for path in Path(scratch).iterdir():
             path.replace(folder / path.name)
 
 
-def _write(tree: Path, folder: Path) -> None:
+def _write(folder: Path) -> None:
     """Write both files; runs in a process of its own that has ComfyUI on its path."""
-    sys.path.insert(0, str(tree))
     from comfy.cli_args import args
 
     args.cpu = True
@@ -96,12 +84,12 @@ def _write(tree: Path, folder: Path) -> None:
     import safetensors.torch
 
     operations = comfy.ops.disable_weight_init
-    clip_config = json.loads((tree / "comfy" / "sd1_clip_config.json").read_text())
+    clip_config = Path(comfy.clip_model.__file__).with_name("sd1_clip_config.json")
     outward = {"out_channels": 4, "transformer_depth_output": [1, 1, 1, 1]}
     parts = {
         "model.diffusion_model.": openaimodel.UNetModel(**UNET, **outward, operations=operations),
         "cond_stage_model.transformer.": comfy.clip_model.CLIPTextModel(
-            clip_config, None, "cpu", operations
+            json.loads(clip_config.read_text()), None, "cpu", operations
         ),
         "first_stage_model.": comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=VAE, embed_dim=4),
     }
@@ -130,4 +118,4 @@ def _filled(name: str, like: Any) -> Any:
 
 
 if __name__ == "__main__":
-    _write(Path(sys.argv[1]), Path(sys.argv[2]))
+    _write(Path(sys.argv[1]))

@@ -36,35 +36,24 @@ WEIGHTS = HERE.parent / "demo_pack" / "weights.safetensors"
 LOG = HERE / "train.log"
 
 
-def import_comfyui() -> Any:
-    """Make ComfyUI importable, on the CPU unless it has been set up already.
-
-    Returns:
-        The ``comfy.cli_args.args`` namespace in force.
-    """
-    path = os.environ.get("COMFYUI_PATH")
-    if path and path not in sys.path:
-        sys.path.insert(0, path)
+def import_comfyui() -> None:
+    """Make ComfyUI importable, on the CPU."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy.cli_args import args
 
-    if "comfy.model_management" not in sys.modules:
-        args.cpu = True
-    return args
+    args.cpu = True
 
 
-def build_unet(config: dict[str, Any] | None = None) -> torch.nn.Module:
-    """Build and initialise ComfyUI's ``UNetModel`` for training.
+def build_unet(config: dict[str, Any]) -> torch.nn.Module:
+    """Build ComfyUI's ``UNetModel`` in float32, and initialise it, which its layers skip.
 
     Args:
-        config: A configuration of the shape of ``CONFIG``, which is the default.
-
-    Returns:
-        The float32 module. ComfyUI's layers skip their initialisation, so it is done here.
+        config: A configuration of the shape of ``CONFIG``.
     """
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    unet = UNetModel(**copy.deepcopy((config or CONFIG)["unet_config"]), dtype=torch.float32)
+    unet = UNetModel(**copy.deepcopy(config["unet_config"]), dtype=torch.float32)
     for module in unet.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.Linear.reset_parameters(module)
@@ -75,7 +64,7 @@ def build_unet(config: dict[str, Any] | None = None) -> torch.nn.Module:
             torch.nn.init.zeros_(module.bias)
     # Without a push, so small a network leaves its attention almost uniform, a plain
     # average that nothing about the queries changes; started sharp, it learns to use it.
-    gain = (config or CONFIG)["training"]["attention_gain"]
+    gain = config["training"]["attention_gain"]
     for name, module in unet.named_modules():
         if name.endswith((".attn1.to_q", ".attn1.to_k")):
             module.weight.data.mul_(gain)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.latent_formats
@@ -12,7 +15,14 @@ import comfy.model_patcher
 import comfy.supported_models_base
 import comfy.utils
 
-from .weights import load_config, load_unet_state
+SHIPPED = Path(__file__).resolve().parent / "weights.safetensors"
+WEIGHTS = os.environ.get("SEG_DEMO_WEIGHTS") or str(SHIPPED)  # another state of training
+
+
+def read_weights() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration in the header of the weights file, and its tensors."""
+    tensors, header = comfy.utils.load_torch_file(WEIGHTS, return_metadata=True)
+    return json.loads(header["config"]), tensors
 
 
 class PixelColour(comfy.latent_formats.LatentFormat):
@@ -58,8 +68,10 @@ def load_model() -> comfy.model_patcher.ModelPatcher:
         A model patcher around a ``comfy.model_base.BaseModel``, with devices and dtypes
         chosen by ComfyUI's model management as for any other diffusion model.
     """
-    state = load_unet_state()
-    config = DemoModelConfig(load_config())
+    settings, tensors = read_weights()
+    prefix = {"diffusion_model.": ""}
+    state = comfy.utils.state_dict_prefix_replace(tensors, prefix, filter_keys=True)
+    config = DemoModelConfig(settings)
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     dtype = comfy.model_management.unet_dtype(

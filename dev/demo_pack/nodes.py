@@ -6,14 +6,11 @@ import comfy.model_management
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from .model import load_model
-from .weights import load_class_tokens, load_config
+from .model import load_model, read_weights
 
 CATEGORY = "SEG demo"
-CLASS_NAMES = load_config()["class_names"]
-IMAGE_SIZE = load_config()["image_size"]
-CHANNELS = load_config()["channels"]
-INTERPOLATION = {"nearest": "nearest-exact", "bicubic": "bicubic"}
+CONFIG, TENSORS = read_weights()
+CLASS_NAMES = CONFIG["class_names"]
 
 
 class SEGDemoModelLoader(io.ComfyNode):
@@ -56,50 +53,19 @@ class SEGDemoPrompt(io.ComfyNode):
     def execute(cls, prompt: str) -> io.NodeOutput:
         """Return the class's context tokens as conditioning."""
         index = CLASS_NAMES.index(prompt)
-        tokens = load_class_tokens()[index : index + 1].clone()
+        tokens = TENSORS["class_tokens"][index : index + 1].float()
         return io.NodeOutput([[tokens, {}]])
-
-
-class SEGDemoEmptyLatent(io.ComfyNode):
-    """Makes an empty latent picture of the demo model's format."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Describe the node."""
-        size = {"default": IMAGE_SIZE, "min": 16, "max": 128, "step": 8}
-        return io.Schema(
-            node_id="SEGDemoEmptyLatent",
-            display_name="SEG Demo Empty Latent",
-            category=CATEGORY,
-            description="An empty RGB picture; the model was trained at 32x32.",
-            inputs=[
-                io.Int.Input("width", **size),
-                io.Int.Input("height", **size),
-                io.Int.Input("batch_size", default=1, min=1, max=256),
-            ],
-            outputs=[io.Latent.Output(display_name="latent")],
-        )
-
-    @classmethod
-    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        """Return zeros with three channels and no downscaling."""
-        samples = torch.zeros(
-            (batch_size, CHANNELS, height, width),
-            device=comfy.model_management.intermediate_device(),
-        )
-        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": 1})
 
 
 class PixelVAE:
     """Stands in for a VAE: the demo model's latent pictures are pictures already."""
 
-    def __init__(self, scale: int, method: str) -> None:
+    def __init__(self, scale: int) -> None:
         self.scale = scale
-        self.method = method
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
         """Return latent pictures, enlarged, as images ``(batch, height, width, 3)`` in [0, 1]."""
-        if samples.ndim != 4 or samples.shape[1] != CHANNELS:
+        if samples.ndim != 4 or samples.shape[1] != CONFIG["channels"]:
             raise ValueError(
                 "SEG Demo VAE decodes latents of the demo model, (batch, 3, height, width); "
                 f"these are {tuple(samples.shape)}."
@@ -107,7 +73,7 @@ class PixelVAE:
         pictures = samples.float()
         if self.scale > 1:
             pictures = torch.nn.functional.interpolate(
-                pictures, scale_factor=self.scale, mode=INTERPOLATION[self.method]
+                pictures, scale_factor=self.scale, mode="bicubic"
             )
         images = ((pictures + 1.0) * 0.5).clamp(0.0, 1.0).movedim(1, -1)
         return images.to(comfy.model_management.intermediate_device())
@@ -124,17 +90,14 @@ class SEGDemoVAE(io.ComfyNode):
             display_name="SEG Demo VAE",
             category=CATEGORY,
             description="Shows the demo model's latent pictures, enlarged by a whole factor.",
-            inputs=[
-                io.Int.Input("scale", default=8, min=1, max=32),
-                io.Combo.Input("method", options=list(INTERPOLATION), default="bicubic"),
-            ],
+            inputs=[io.Int.Input("scale", default=8, min=1, max=32)],
             outputs=[io.Vae.Output(display_name="vae")],
         )
 
     @classmethod
-    def execute(cls, scale: int, method: str) -> io.NodeOutput:
+    def execute(cls, scale: int) -> io.NodeOutput:
         """Return the decoder."""
-        return io.NodeOutput(PixelVAE(scale, method))
+        return io.NodeOutput(PixelVAE(scale))
 
 
 class DemoExtension(ComfyExtension):
@@ -142,4 +105,4 @@ class DemoExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [SEGDemoModelLoader, SEGDemoPrompt, SEGDemoEmptyLatent, SEGDemoVAE]
+        return [SEGDemoModelLoader, SEGDemoPrompt, SEGDemoVAE]

@@ -49,15 +49,15 @@ class Stage:
     plan: Plan
 
 
-def sources(prompt: str, batch: int) -> Graph:
-    """Return the nodes around the sampler; pictures leave at their own size."""
+def sources(prompt: str, batch: int, scale: int = 1) -> Graph:
+    """Return the nodes around the sampler; pictures leave enlarged by a whole factor."""
     side = butterflies.SIZE
     return {
         "model": new_node("SEGDemoModelLoader"),
         "positive": new_node("SEGDemoPrompt", prompt=prompt),
         "negative": new_node("SEGDemoPrompt", prompt=NOTHING),
-        "latent": new_node("SEGDemoEmptyLatent", width=side, height=side, batch_size=batch),
-        "vae": new_node("SEGDemoVAE", scale=1, method="nearest"),
+        "latent": new_node("EmptyLatentImage", width=side, height=side, batch_size=batch),
+        "vae": new_node("SEGDemoVAE", scale=scale),
         "decode": new_node("VAEDecode", vae=["vae", 0]),
     }
 
@@ -67,13 +67,13 @@ class Judge:
 
     def __init__(self) -> None:
         """Draw the reference and fit the features to it."""
-        self._real = drawn(REFERENCE_SEED, REFERENCE)
-        self.features = RandomFeatures(self._real)
+        real = drawn(REFERENCE_SEED, REFERENCE)
+        self.features = RandomFeatures(real)
         gaussian = Gaussian.of(self.features.reference)
         self._data = report.Data(
             gaussian,
-            float(contrast(self._real).mean()),
-            float(saturation(self._real).mean()),
+            float(contrast(real).mean()),
+            float(saturation(real).mean()),
             unit=gaussian.trace,
             mirrored=True,
         )
@@ -196,20 +196,10 @@ def publish(
     with disk_errors(out):
         made_folder(out)
         (out / f"{name}.md").write_text(text, encoding="utf-8", newline="\n")
-        kept = json.dumps(rounded(figures), indent=1) + "\n"
+        rounded = json.loads(json.dumps(figures), parse_float=lambda text: round(float(text), 5))
+        kept = json.dumps(rounded, indent=1) + "\n"
         (out / f"{name}.json").write_text(kept, encoding="utf-8", newline="\n")
         if files:
             sheet = {key: list(pictures(each[: report.SHOWN])) for key, each in files.items()}
             report.contact_sheet(sheet).save(out / f"{name}.jpg", quality=85, optimize=True)
     say(f"Kept as {name}.* in {out}")
-
-
-def rounded(figures: Any) -> Any:
-    """Return nested figures with as many places as mean something."""
-    if isinstance(figures, float):
-        return round(figures, 5)
-    if isinstance(figures, Mapping):
-        return {name: rounded(each) for name, each in figures.items()}
-    if isinstance(figures, list | tuple):
-        return [rounded(each) for each in figures]
-    return figures

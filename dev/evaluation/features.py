@@ -8,6 +8,7 @@ Frechet inception distance (FID), by the package torch-fidelity, if a person has
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,7 @@ WIDTHS = (32, 64, 128, 128)
 CELLS = 2
 COMPONENTS = 48
 SEED = 20240800760
-CHUNK = 64
-CHUNK_PIXELS = 2**22  # of large pictures fewer at a time
-INCEPTION = "torch_fidelity"
+CHUNK = 32
 WEIGHTS_NOTE = (
     "Inception v3 weights weights-inception-2015-12-05-6726825d.pth (those of the original FID), "
     "which torch-fidelity fetches from its own releases on GitHub at the first use"
@@ -31,22 +30,17 @@ class RandomFeatures:
 
     Args:
         reference: pictures of the data, ``(N, height, width, 3)`` in [0, 1].
-        side: pictures are averaged to this height and width first; None leaves them.
-        components: how many principal components are kept.
     """
 
     note = "seeded random convolution features"
 
-    def __init__(
-        self, reference: Iterable[np.ndarray], side: int | None = None, components: int = COMPONENTS
-    ) -> None:
-        self.side = side
+    def __init__(self, reference: Iterable[np.ndarray]) -> None:
         self._layers = _random_layers()
         raw = self._raw(reference)
         self._mean, self._std = raw.mean(axis=0), raw.std(axis=0) + 1e-8
         standard = (raw - self._mean) / self._std
         # The right singular vectors, from the smaller Gram matrix; the largest come last.
-        kept = min(components, len(raw) - 1, raw.shape[1])
+        kept = min(COMPONENTS, len(raw) - 1, raw.shape[1])
         if len(raw) < raw.shape[1]:
             values, left = np.linalg.eigh(standard @ standard.T)
             axes = standard.T @ (left[:, -kept:] / np.sqrt(values[-kept:].clip(1e-12)))
@@ -67,8 +61,6 @@ class RandomFeatures:
         from torch.nn.functional import adaptive_avg_pool2d, conv2d, leaky_relu
 
         x = torch.from_numpy(images).float().movedim(-1, 1) * 2.0 - 1.0
-        if self.side is not None and x.shape[-2:] != (self.side, self.side):
-            x = adaptive_avg_pool2d(x, self.side)
         found = []
         for index, weight in enumerate(self._layers):
             x = leaky_relu(conv2d(x, weight, padding=1, stride=1 if index == 0 else 2), 0.2)
@@ -95,18 +87,15 @@ class InceptionFeatures:
 
     Args:
         reference: pictures of the data.
-        weights: a file of weights that is at hand; None lets the library fetch its own.
     """
 
     note = "Inception features (FID) by torch-fidelity"
 
-    def __init__(self, reference: Iterable[np.ndarray], weights: str | None = None) -> None:
+    def __init__(self, reference: Iterable[np.ndarray]) -> None:
         import torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
-        )
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._network = network.eval().to(self._device)
         self.reference = self(reference)
@@ -126,17 +115,11 @@ class InceptionFeatures:
 
 def has_inception() -> bool:
     """Tell whether torch-fidelity is installed."""
-    return importlib.util.find_spec(INCEPTION) is not None
+    return importlib.util.find_spec("torch_fidelity") is not None
 
 
 def chunks(images: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
-    """Yield stacks of pictures of one size, in order."""
-    waiting: list[np.ndarray] = []
-    for image in images:
-        room = max(1, min(CHUNK, CHUNK_PIXELS // (image.shape[0] * image.shape[1])))
-        if waiting and (len(waiting) >= room or waiting[0].shape != image.shape):
-            yield np.stack(waiting)
-            waiting = []
-        waiting.append(np.asarray(image))
-    if waiting:
-        yield np.stack(waiting)
+    """Yield stacks of a few pictures, in order; all have one size."""
+    rest = iter(images)
+    while stack := list(itertools.islice(rest, CHUNK)):
+        yield np.stack(stack)

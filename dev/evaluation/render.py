@@ -12,26 +12,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dev.evaluation.settings import Setting
 from dev.graphs import Graph, ksampler, new_node
+from dev.host import Server
 from dev.places import ROOT, made_folder
 from dev.say import disk_errors, say
 
 SOURCES = ("nodes", "seg_core", "dev/demo_pack")
 REPORT_EVERY = 15.0
 SAVE = "save"
-
-
-class Host(Protocol):
-    """What is used of `dev.host.Server`."""
-
-    base: Path
-
-    def run(self, graph: Graph, seconds: float) -> dict[str, Any]: ...  # noqa: D102
-
-    def image_bytes(self, image: dict[str, str]) -> bytes: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ def token_of(model: Path, version: str, *, by_content: bool) -> str:
     return f"{own} {source.hexdigest()} {version}"
 
 
-def render(host: Host, jobs: Sequence[Job], seconds: float) -> None:
+def render(host: Server, jobs: Sequence[Job], seconds: float) -> None:
     """Make the images that are missing, and say how long the rest will take."""
     missing = [job for job in jobs if not job.is_done()]
     total, left = (sum(len(job.files) for job in each) for each in (jobs, missing))

@@ -9,8 +9,7 @@ from typing import Any
 
 from dev.graphs import GUIDANCE, OFF, WHOLE
 
-SAG, PAG, TPG, SSG, SLG = (f"SEGuidance{name}" for name in ("SAG", "PAG", "TPG", "SSG", "SLG"))
-SAG_BLUR = 2.0  # the node's default, in latent cells
+REQUIRED = {"SAG": {"blur_sigma": 2.0}}  # inputs without which the server refuses a node
 
 
 @dataclass(frozen=True)
@@ -37,31 +36,10 @@ def off() -> Setting:
     return Setting(OFF, OFF)
 
 
-def sag(scale: float) -> Setting:
-    """Return Self-Attention Guidance at a scale."""
-    return Setting(
-        f"SAG scale {scale:g}", "SAG", SAG, {"scale": scale, "blur_sigma": SAG_BLUR, **WHOLE}
-    )
-
-
-def pag(scale: float) -> Setting:
-    """Return Perturbed-Attention Guidance at a scale."""
-    return Setting(f"PAG scale {scale:g}", "PAG", PAG, {"scale": scale, **WHOLE})
-
-
-def tpg(scale: float, blocks: str = "auto") -> Setting:
-    """Return Token Perturbation Guidance at a scale."""
-    return Setting(f"TPG scale {scale:g}", "TPG", TPG, {"scale": scale, "blocks": blocks, **WHOLE})
-
-
-def ssg(scale: float) -> Setting:
-    """Return Self-Swap Guidance at a scale."""
-    return Setting(f"SSG scale {scale:g}", "SSG", SSG, {"scale": scale, **WHOLE})
-
-
-def slg(scale: float) -> Setting:
-    """Return Skip Layer Guidance at a scale, in all of sampling."""
-    return Setting(f"SLG scale {scale:g}", "SLG", SLG, {"scale": scale, **WHOLE})
+def other(method: str, scale: float, **more: Any) -> Setting:
+    """Return a method beside SEG in all of sampling; `more` are other inputs of its node."""
+    inputs = {"scale": scale, **REQUIRED.get(method, {}), **WHOLE, **more}
+    return Setting(f"{method} scale {scale:g}", method, f"{GUIDANCE}{method}", inputs)
 
 
 def seg(sigma: float, scale: float, **more: Any) -> Setting:
@@ -77,12 +55,12 @@ def demo_grid() -> list[Setting]:
     """Return what is compared on the demo model."""
     return [
         off(),
-        *(sag(scale) for scale in (0.25, 0.5, 0.75, 1.5)),
-        *(pag(scale) for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
+        *(other("SAG", scale) for scale in (0.25, 0.5, 0.75, 1.5)),
+        *(other("PAG", scale) for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
         # The demo model attends in its middle block alone.
-        *(tpg(scale, "middle") for scale in (0.1, 0.25, 0.5, 1.0)),
-        *(ssg(scale) for scale in (0.1, 0.25, 0.5, 1.0)),
-        *(slg(scale) for scale in (0.1, 0.25, 0.5, 1.0)),
+        *(other("TPG", scale, blocks="middle") for scale in (0.1, 0.25, 0.5, 1.0)),
+        *(other("SSG", scale) for scale in (0.1, 0.25, 0.5, 1.0)),
+        *(other("SLG", scale) for scale in (0.1, 0.25, 0.5, 1.0)),
         *(seg(sigma, scale) for sigma in (1.0, 2.0, 4.0) for scale in (0.25, 0.5, 1.0)),
         *(seg(math.inf, scale) for scale in (0.1, 0.25, 0.5, 1.0, 3.0)),
         seg(math.inf, 3.0, rescale=0.7),
@@ -101,7 +79,7 @@ def reported_grid(choice: Mapping[str, str]) -> list[Setting]:
     best = [known[name] for name in choice.values()]
     scale = next((each.inputs["scale"] for each in best if each.method == "SEG"), 1.0)
     sweeps = [
-        pag(3.0),
+        other("PAG", 3.0),
         *(seg(sigma, scale) for sigma in (1.0, 2.0, 4.0)),
         *(each for each in known.values() if each.inputs.get("infinite_blur")),
     ]
@@ -121,7 +99,7 @@ def history_grid() -> list[Setting]:
     """Return what is compared at every state of training."""
     inf = math.inf
     scales = (0.1, 0.25, 0.5, 1.0, 3.0)
-    return [off(), pag(1.0), seg(1.0, 1.0), *(seg(inf, scale) for scale in scales)]
+    return [off(), other("PAG", 1.0), seg(1.0, 1.0), *(seg(inf, scale) for scale in scales)]
 
 
 def shown_grid() -> list[Setting]:
@@ -132,4 +110,5 @@ def shown_grid() -> list[Setting]:
 def checkpoint_grid(sigmas: Sequence[float], scales: Sequence[float]) -> list[Setting]:
     """Return what is compared on a person's checkpoint: the paper's rivals at one setting each."""
     own = [seg(sigma, scale) for scale in scales for sigma in sigmas]
-    return [off(), sag(0.75), pag(3.0), tpg(3.0), *own]
+    rivals = [other("SAG", 0.75), other("PAG", 3.0), other("TPG", 3.0)]
+    return [off(), *rivals, *own]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from choice import some
 
-from dev import browser, frontends, stock_checkpoint
+from dev import browser, stock_checkpoint
+from dev.comfy_tree import newest_frontend
 from dev.host import Server
 from dev.machine import link_file
 
@@ -21,7 +22,7 @@ if HERE not in sys.path:
     sys.path.append(HERE)  # for `frontend`
 
 
-FRONTENDS = {"pinned": lambda: None, "newest": frontends.newest}
+FRONTENDS = {"pinned": lambda: None, "newest": newest_frontend}
 
 
 def pytest_generate_tests(metafunc):
@@ -34,7 +35,7 @@ def pytest_generate_tests(metafunc):
 def served() -> Iterator[Callable[[str], Server]]:
     """Servers with this pack and the demo model, which draws in seconds; started when asked for."""
     tree = Path(os.environ["COMFYUI_PATH"]).resolve()
-    made = stock_checkpoint.files(tree)["checkpoint"]
+    made = stock_checkpoint.files(tree)["checkpoints"]
     with ExitStack() as running:
 
         @cache

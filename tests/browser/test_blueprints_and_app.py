@@ -24,7 +24,7 @@ SOURCES = """([name, settings]) => {  // give the blueprint what it asks for, an
     const text = add("SEGDemoPrompt", {prompt: "nothing"});
     const given = {
         model: add("SEGDemoModelLoader"), positive: text, negative: text,
-        latent_image: add("SEGDemoEmptyLatent", {width: settings.size, height: settings.size}),
+        latent_image: add("EmptyLatentImage", {width: settings.size, height: settings.size}),
         vae: add("SEGDemoVAE", {scale: 1}), samples: null, images: null,
     };
     const connect = (from, to, name) => from.connect(0, to, to.inputs.findIndex(

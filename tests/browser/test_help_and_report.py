@@ -11,9 +11,7 @@ from frontend import EMPTY, ROOT, WORKFLOWS, keep_picture, open_workflow
 from PIL import Image
 
 from dev import browser
-from dev.evaluation import settings
-from dev.evaluation.demo import sources
-from dev.graphs import ksampler, new_node
+from dev.help_pictures import report_graph
 from dev.host import Server
 from dev.places import PACK_FOLDER
 
@@ -67,7 +65,8 @@ def test_help_opens_in_each_language(host, page, language):
 
 @pytest.mark.parametrize("rendering", ["classic", "Nodes 2.0"], indirect=True)
 def test_the_report_appears_on_the_node_after_a_run(host, page, rendering):
-    page.evaluate("graph => app.loadApiJson(graph, 'report')", report_graph())
+    graph = {key: {**node, "_meta": {"title": key}} for key, node in report_graph().items()}
+    page.evaluate("graph => app.loadApiJson(graph, 'report')", graph)
     page.wait_for_timeout(1500)
     page.evaluate("() => app.queuePrompt(0)")
     page.wait_for_function(
@@ -78,18 +77,7 @@ def test_the_report_appears_on_the_node_after_a_run(host, page, rendering):
         }""",
         timeout=120_000,
     )
-    page.evaluate(
-        """() => {
-            const node = app.graph.nodes.find(one => one.type === "SEGuidanceReport");
-            for (const other of app.graph.nodes) if (other !== node) other.pos = [3000, 3000];
-            node.pos = [500, 100];
-            node.size = [420, 860];
-            const view = app.canvas.ds;
-            view.scale = 1;
-            view.offset = [-200, 0];
-            app.canvas.setDirty(true, true);
-        }"""
-    )
+    page.keyboard.press(".")  # fit the view to the graph
     page.wait_for_timeout(2500)
     keep_picture(page, f"report on the node, {rendering}")
     if rendering == "Nodes 2.0":
@@ -101,20 +89,6 @@ def test_the_report_appears_on_the_node_after_a_run(host, page, rendering):
     drawn = Image.open(io.BytesIO(host.image_bytes(image)))
     assert drawn.size[0] >= 900
     assert len(found["text"][0].split("\n")) == 5
-
-
-def report_graph() -> dict:
-    guidance = settings.seg(1.0, 3.0, end_percent=0.8)
-    shown = {"latent": ["sampler", 0], "image": ["decode", 0]}
-    graph = sources("blue", 1) | {
-        "seg": new_node("SEGuidance", model=["model", 0], **guidance.inputs),
-        "probe": new_node("SEGuidanceProbe", model=["seg", 0]),
-        "sampler": ksampler("probe", steps=12, cfg=4.0, seed=1),
-        "vae": new_node("SEGDemoVAE", scale=8, method="bicubic"),
-        "decode": new_node("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
-        "report": new_node("SEGuidanceReport", probe=["probe", 1], **shown),
-    }
-    return {key: {**node, "_meta": {"title": key}} for key, node in graph.items()}
 
 
 def test_templates_show_their_thumbnails(host, page):

@@ -1,6 +1,9 @@
-"""Settings of hypothesis, and a seeded generator."""
+"""Settings of hypothesis, and seeded random tensors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,5 +14,7 @@ settings.load_profile("unit")
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(20240800)
+def draw() -> Callable[..., torch.Tensor]:
+    """From a shape to normal random numbers in float64."""
+    seeded = torch.Generator().manual_seed(20240800)
+    return partial(torch.randn, generator=seeded, dtype=torch.float64)

@@ -14,15 +14,12 @@ from seg_core.matrices import BlurMatrices
 GRID, HEADS, DIM = (5, 7), 3, 11
 
 
-def parts(generator, frames=1, keys=13, dtype=torch.float64):
-    def draw(tokens):
-        return torch.randn(2, tokens, HEADS * DIM, generator=generator, dtype=torch.float64)
-
-    return [draw(n).to(dtype) for n in (35 * frames, keys, keys)]
+def parts(draw, frames=1, dtype=torch.float64):
+    return [draw(2, n, HEADS * DIM).to(dtype) for n in (35 * frames, 13, 13)]
 
 
-def test_weights_agree_with_scalar_loops(generator):
-    query, key = (torch.randn(n, DIM, generator=generator, dtype=torch.float64) for n in (5, 7))
+def test_weights_agree_with_scalar_loops(draw):
+    query, key = draw(5, DIM), draw(7, DIM)
     oracles.assert_near(attention_weights(query, key), oracles.attention_map(query, key))
     large = torch.full((2, 64), 200.0, dtype=torch.float16)
     assert torch.equal(attention_weights(large, large), torch.full((2, 2), 0.5))
@@ -31,11 +28,11 @@ def test_weights_agree_with_scalar_loops(generator):
 
 
 @pytest.mark.parametrize("heads", [0, 2])
-def test_heads_that_do_not_divide_the_channels_are_refused(generator, heads):
+def test_heads_that_do_not_divide_the_channels_are_refused(draw, heads):
     with pytest.raises(ValueError, match=f"got {heads}"):
-        attention_output(*parts(generator), heads)
+        attention_output(*parts(draw), heads)
     with pytest.raises(ValueError, match="must have 36 tokens, got 35"):
-        smoothed_attention(*parts(generator), (6, 6), math.inf, heads=HEADS)
+        smoothed_attention(*parts(draw), (6, 6), math.inf, heads=HEADS)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "full"])
@@ -45,9 +42,9 @@ def test_heads_that_do_not_divide_the_channels_are_refused(generator, heads):
     [(2, torch.float64), (1, torch.float32), (1, torch.bfloat16), (1, torch.float16)],
 )
 def test_smoothed_attention_is_attention_of_densely_blurred_queries(
-    generator, frames, dtype, sigma, kernel
+    draw, frames, dtype, sigma, kernel
 ):
-    query, key, value = parts(generator, frames, dtype=dtype)
+    query, key, value = parts(draw, frames, dtype=dtype)
     grid = (frames, *GRID)
     expected = oracles.multi_head(oracles.blurred(query, grid, sigma, kernel), key, value, HEADS)
     before = [tensor.clone() for tensor in (query, key, value)]
@@ -60,8 +57,8 @@ def test_smoothed_attention_is_attention_of_densely_blurred_queries(
 
 
 @pytest.mark.parametrize(("sigma", "asked"), [(1.5, 70), (math.inf, 2)])
-def test_the_host_s_attention_gets_all_blurred_queries_or_one_per_frame(generator, sigma, asked):
-    query, key, value = parts(generator, frames=2)
+def test_the_host_s_attention_gets_all_blurred_queries_or_one_per_frame(draw, sigma, asked):
+    query, key, value = parts(draw, frames=2)
     grid, kept, seen = (2, *GRID), BlurMatrices(), []
 
     def attend(q, k, v):

@@ -24,8 +24,8 @@ SIGMAS = (0.0, 0.3, 0.6, 1.0, 2.0, 4.0, 10.0, 100.0, math.inf)
 
 
 @pytest.fixture
-def logits(generator):
-    return torch.randn(2, 3, 6, 5, generator=generator, dtype=torch.float64)
+def logits(draw):
+    return draw(2, 3, 6, 5)
 
 
 # Formulas.
@@ -78,13 +78,13 @@ def falls(values):
 
 
 @pytest.fixture(params=GRIDS, ids=str)
-def case(request, generator):
+def case(request, draw):
     grid = request.param
-    return grid, torch.randn(4, math.prod(grid), 17, generator=generator, dtype=torch.float64)
+    return grid, draw(4, math.prod(grid), 17)
 
 
-def test_blurring_queries_blurs_the_logits(generator):
-    query, key = (torch.randn(2, n, 11, generator=generator, dtype=torch.float64) for n in (35, 13))
+def test_blurring_queries_blurs_the_logits(draw):
+    query, key = draw(2, 35, 11), draw(2, 13, 11)
     for sigma in SIGMAS:
         direct = blur_queries(query, (5, 7), sigma) @ key.mT
         oracles.assert_near(direct, smoothed_logits(query @ key.mT, (5, 7), sigma))
@@ -111,8 +111,8 @@ def test_curvature_never_rises_with_sigma_when_attention_is_spread_out(case):
     assert bool((curvatures[-1] > 0).all())
 
 
-def test_the_determinant_off_the_null_space_falls_and_has_the_docstring_s_closed_form(generator):
-    logits = 0.3 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+def test_the_determinant_off_the_null_space_falls_and_has_the_docstring_s_closed_form(draw):
+    logits = 0.3 * draw(6, 5)
     volumes = []
     for sigma in (0.0, 0.3, 0.5, 0.8):
         spectrum = torch.linalg.eigvalsh(-oracles.hessian(logits, GRID, sigma, "full"))

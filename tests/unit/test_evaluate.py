@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +65,12 @@ def test_every_setting_samples_the_same_seeds_and_prompts_into_files_of_its_own(
 
 
 def test_files_go_elsewhere_when_what_made_them_changes(plan, tmp_path):
-    made = [(3, 2.0, "t"), (3, 2.0, "u"), (4, 2.0, "t"), (3, 3.0, "t")]
-    places = set()
-    for steps, cfg, token in made:
-        other = Plan(plan.sources, plan.prompts, steps, cfg, 2)
-        (job,) = other.jobs(settings.off(), range(2), tmp_path, token)
-        places.add(job.files[0])
-    assert len(places) == len(made)
+    jobs = [
+        other.jobs(settings.off(), range(2), tmp_path, token)[0]
+        for other in (plan, replace(plan, steps=4), replace(plan, cfg=3.0))
+        for token in ("t", "u")
+    ]
+    assert len({job.files[0] for job in jobs}) == len(jobs)
     file = tmp_path / "model"
     file.write_bytes(b"one")
     token = render.token_of(file, "1", by_content=True)
@@ -103,7 +103,8 @@ def row(name: str, value: float, change: float = 0.0) -> report.Row:
 
 
 def test_the_least_distance_of_each_method_is_chosen_and_variants_are_not():
-    grid = [settings.off(), settings.pag(1.0), settings.pag(3.0), settings.seg(1.0, 1.0)]
+    grid = [settings.off(), *(settings.other("PAG", scale) for scale in (1.0, 3.0))]
+    grid.append(settings.seg(1.0, 1.0))
     variant = settings.seg(math.inf, 3.0, rescale=0.7)
     values = (0.5, 0.4, 0.3, 0.2, 0.1)
     rows = [row(each.name, v) for each, v in zip([*grid, variant], values, strict=True)]

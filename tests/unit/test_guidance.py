@@ -1,4 +1,4 @@
-"""Blending, rescaling and the window of activity."""
+"""Blending, rescaling, the window of activity, and what becomes of a difference."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ import oracles
 import pytest
 import torch
 
-from seg_core.guidance import RESCALE_MODES, Window, apply_guidance, blend
+from seg_core.guidance import (
+    RESCALE_MODES,
+    Window,
+    apply_guidance,
+    blend,
+    effective_cfg,
+    held_difference,
+)
 from seg_core.rescale import salient_fusion
 
 SHAPES = [(2, 3, 5, 7), (2, 3, 2, 5, 7), (2, 3, 11)]
 
 
-def predictions(generator, shape=SHAPES[0], dtype=torch.float64):
+def predictions(draw, shape=SHAPES[0], dtype=torch.float64):
     """Draw four predictions of different spread: denoised, cond, perturbed and uncond."""
-    drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
-    return [(tensor * (1 + n)).to(dtype) for n, tensor in enumerate(drawn)]
+    return [(draw(shape) * (1 + n)).to(dtype) for n in range(4)]
 
 
 @pytest.mark.parametrize("mode", RESCALE_MODES)
-def test_without_scale_or_rescale_guidance_is_nothing_or_a_plain_blend(generator, mode):
-    denoised, cond, perturbed, uncond = predictions(generator)
+def test_without_scale_or_rescale_guidance_is_nothing_or_a_plain_blend(draw, mode):
+    denoised, cond, perturbed, uncond = predictions(draw)
     assert blend(denoised, cond, perturbed, 0.0) is denoised
     settings = {"rescale": 0.7, "rescale_mode": mode, "uncond": uncond}
     assert apply_guidance(denoised, cond, perturbed, 0.0, **settings) is denoised
@@ -31,8 +37,8 @@ def test_without_scale_or_rescale_guidance_is_nothing_or_a_plain_blend(generator
 
 
 @pytest.mark.parametrize("dtype", list(oracles.TOLERANCE))
-def test_blend_follows_its_formula_and_rounds_once(generator, dtype):
-    denoised, cond, perturbed, _ = predictions(generator, dtype=dtype)
+def test_blend_follows_its_formula_and_rounds_once(draw, dtype):
+    denoised, cond, perturbed, _ = predictions(draw, dtype=dtype)
     expected = denoised.double() + 7.3 * (cond.double() - perturbed.double())
     actual = blend(denoised, cond, perturbed, 7.3)
     assert actual.dtype == dtype
@@ -44,8 +50,8 @@ def test_blend_follows_its_formula_and_rounds_once(generator, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("amount", [0.3, 1.0])
 @pytest.mark.parametrize("mode", ["full", "partial"])
-def test_rescaled_guidance_agrees_with_scalar_loops(generator, mode, amount, shape):
-    denoised, cond, perturbed, uncond = predictions(generator, shape)
+def test_rescaled_guidance_agrees_with_scalar_loops(draw, mode, amount, shape):
+    denoised, cond, perturbed, uncond = predictions(draw, shape)
     settings = {"rescale": amount, "rescale_mode": mode}
     actual = apply_guidance(denoised, cond, perturbed, 3.0, **settings)
     expected = oracles.rescaled(denoised, cond, cond, perturbed, 3.0, amount, mode)
@@ -58,8 +64,8 @@ def test_rescaled_guidance_agrees_with_scalar_loops(generator, mode, amount, sha
 
 @pytest.mark.parametrize("mode", RESCALE_MODES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_batch_mate_never_changes_an_image(generator, shape, mode):
-    tensors = predictions(generator, shape)
+def test_a_batch_mate_never_changes_an_image(draw, shape, mode):
+    tensors = predictions(draw, shape)
     settings = {"rescale": 0.7, "rescale_mode": mode}
     before = [tensor.clone() for tensor in tensors]
     both = apply_guidance(*tensors[:3], 3.0, **settings, uncond=tensors[3])
@@ -83,8 +89,8 @@ def test_flat_predictions_give_no_nan(shape, mode, dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 3, 2, 5, 7), (2, 3, 1, 2)])
-def test_snf_adds_the_more_salient_of_two_pushes_to_the_unconditional_prediction(generator, shape):
-    denoised, cond, perturbed, uncond = predictions(generator, shape)
+def test_snf_adds_the_more_salient_of_two_pushes_to_the_unconditional_prediction(draw, shape):
+    denoised, cond, perturbed, uncond = predictions(draw, shape)
     oracles.assert_near(salient_fusion(cond, uncond), oracles.fused(cond, uncond))
     expected = uncond + oracles.fused(denoised - uncond, 3.0 * (cond - perturbed))
     for amount in (0.0, 0.5):
@@ -119,3 +125,53 @@ def test_an_impossible_rescale_is_refused():
             apply_guidance(one, one, one, 1.0, rescale=amount)
     with pytest.raises(ValueError, match="full, partial, snf, got 'half'"):
         apply_guidance(one, one, one, 1.0, rescale_mode="half")
+
+
+# Differences of steps.
+
+
+def test_a_held_difference_is_that_of_the_same_noise(draw):
+    """By hand: for eps, v and flow models, the difference of what a fixed noise error makes."""
+    x, error, *_ = predictions(draw)
+    then, now = torch.tensor([5.0]).double(), torch.tensor([1.25]).double()
+
+    def eps(sigma, wrong):
+        return x - sigma * (0.3 * x + wrong)
+
+    def flow(sigma, wrong):
+        return x - sigma * (0.7 * x + wrong)
+
+    def v(sigma, wrong):
+        root = (sigma**2 + 1).sqrt()
+        velocity = 0.1 * x + wrong * root
+        return x / (sigma**2 + 1) - velocity * sigma / root
+
+    for model in (eps, flow, v):
+        differences = [model(sigma, 0 * error) - model(sigma, error) for sigma in (then, now)]
+        held = held_difference(differences[0], then, now)
+        torch.testing.assert_close(held, differences[1], rtol=0, atol=1e-12)
+
+
+def test_a_held_difference_follows_each_sample_s_noise_and_is_zero_where_there_was_none():
+    held = held_difference(torch.ones(2, 1, 1), torch.tensor([2.0, 4.0]), torch.tensor([1.0, 3.0]))
+    assert held.flatten().tolist() == [0.5, 0.75]
+    assert not held_difference(torch.zeros(1, 2, 2), torch.zeros(1), torch.ones(1)).any()
+
+
+def test_effective_cfg_tells_strength_from_what_cfg_cannot_give(draw):
+    uncond, direction, other, _ = predictions(draw, (1, 4, 5, 5))
+    other = other - (other * direction).sum() / (direction * direction).sum() * direction
+    cond = uncond + direction
+    plain = uncond + 7 * direction
+    stronger = plain + 2 * direction
+    cfg, beside = effective_cfg(plain, stronger, cond, uncond).tolist()
+    assert cfg == pytest.approx(9)
+    assert beside == pytest.approx(0, abs=1e-7)
+    cfg, beside = effective_cfg(plain, plain + other, cond, uncond).tolist()
+    assert cfg == pytest.approx(7)
+    assert beside == pytest.approx(1)
+    both = plain + 3 * direction / direction.norm() + 4 * other / other.norm()
+    cfg, beside = effective_cfg(plain, both, cond, uncond).tolist()
+    assert cfg == pytest.approx(7 + 3 / float(direction.norm()))
+    assert beside == pytest.approx(0.8)
+    assert all(math.isnan(n) for n in effective_cfg(plain, plain, cond, cond).tolist())

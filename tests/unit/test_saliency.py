@@ -15,11 +15,8 @@ from seg_core.saliency import blur_latent, column_mass, frame_shares, saliency_m
 HEADS, DIM = 3, 11
 
 
-def pair(generator, queries=35, keys=13, dtype=torch.float64):
-    def draw(tokens):
-        return torch.randn(2, tokens, HEADS * DIM, generator=generator, dtype=torch.float64)
-
-    return draw(queries).to(dtype), draw(keys).to(dtype)
+def pair(draw, dtype=torch.float64):
+    return [draw(2, tokens, HEADS * DIM).to(dtype) for tokens in (35, 13)]
 
 
 def dense_mass(query, key, scale=DIM**-0.5, mask=None):
@@ -32,31 +29,31 @@ def dense_mass(query, key, scale=DIM**-0.5, mask=None):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 11, 35, 1000, None])
-def test_mass_agrees_with_the_dense_map_whatever_the_chunk(generator, chunk):
-    query, key = pair(generator)
+def test_mass_agrees_with_the_dense_map_whatever_the_chunk(draw, chunk):
+    query, key = pair(draw)
     oracles.assert_near(column_mass(query, key, HEADS, chunk=chunk), dense_mass(query, key))
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 13), (2, HEADS, 1, 13), (1, 1, 35, 13)])
-def test_mass_under_a_mask_and_a_scale(generator, shape, chunk):
-    query, key = pair(generator)
-    added = torch.randn(shape, generator=generator, dtype=torch.float64)
+def test_mass_under_a_mask_and_a_scale(draw, shape, chunk):
+    query, key = pair(draw)
+    added = draw(shape)
     for mask in (added, (added > -1) | (torch.arange(13) == 0)):
         found = column_mass(query, key, HEADS, scale=0.2, mask=mask, chunk=chunk)
         oracles.assert_near(found, dense_mass(query, key, 0.2, mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_mass_is_float32_at_least(generator, dtype):
-    query, key = pair(generator, dtype=dtype)
+def test_mass_is_float32_at_least(draw, dtype):
+    query, key = pair(draw, dtype=dtype)
     mass = column_mass(query, key, HEADS)
     assert mass.dtype == torch.float32
     oracles.assert_near(mass, dense_mass(query, key))
 
 
-def test_shares_are_one_on_average_in_each_frame(generator):
-    mass = torch.rand(2, 12, generator=generator, dtype=torch.float64)
+def test_shares_are_one_on_average_in_each_frame(draw):
+    mass = draw(2, 12).abs()
     frames = mass.reshape(2, 3, 4)
     expected = (frames / frames.mean(dim=2, keepdim=True)).flatten(1)
     oracles.assert_near(frame_shares(mass, (3, 2, 2)), expected)
@@ -83,10 +80,10 @@ def test_the_mask_shows_each_token_at_its_place_and_in_its_frame():
 
 @pytest.mark.parametrize(("kernel", "taps"), [("reference", 9), ("full", None)])
 @pytest.mark.parametrize("sigma", [0.5, 2.0, 4.0, math.inf])
-def test_a_latent_is_blurred_along_both_axes_with_nine_taps_or_all(generator, sigma, kernel, taps):
+def test_a_latent_is_blurred_along_both_axes_with_nine_taps_or_all(draw, sigma, kernel, taps):
     rows, columns = (oracles.blur_matrix(size, sigma, kernel, taps) for size in (11, 13))
     for shape in ((2, 3, 11, 13), (1, 3, 2, 11, 13)):
-        latent = torch.randn(shape, generator=generator, dtype=torch.float64)
+        latent = draw(shape)
         oracles.assert_near(blur_latent(latent, sigma, kernel=kernel), rows @ latent @ columns.T)
 
 
