@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
-from ..seg_core import Window
+from ..seg_core import Window, is_identity
 from . import host
 from .host.settings.changes import Change
 from .host.settings.perturbation import Perturbation
@@ -72,6 +72,13 @@ class GuidanceNode(io.ComfyNode):
         return f"{cls.NEUTRAL} is 0." if widgets[cls.NEUTRAL] == 0 else ""
 
 
+def narrow(sigma: float, kernel: str) -> str:
+    """Return why a blur changes nothing, as a sentence; empty if it changes something."""
+    if not is_identity((64, 64), sigma, kernel=kernel):
+        return ""
+    return f"blur_sigma is {sigma:g}, too narrow to reach a neighbouring cell. Try 1 or more."
+
+
 def _given(
     inputs: Sequence[io.Input], values: Sequence[Any], named: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -89,4 +96,7 @@ def _given(
         if isinstance(widget, io.Float.Input) and not widget.min <= value <= widget.max:
             limits = f"{widget.min:g} and {widget.max:g}"
             raise ValueError(f"{name} must be between {limits}, got {value}")
+        if isinstance(widget, io.Int.Input) and value not in range(widget.min, widget.max + 1):
+            limits = f"{widget.min} to {widget.max}"
+            raise ValueError(f"{name} must be a whole number from {limits}, got {value}")
     return given.arguments

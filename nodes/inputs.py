@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from comfy_api.latest import io
 
 from ..seg_core import RESCALE_MODES
-from .host import MOST_HELD
 
 CATEGORY = "model/patch/guidance"
 
@@ -157,7 +156,7 @@ def every(note: str = "") -> io.Input:
         "every",
         default=1,
         min=1,
-        max=MOST_HELD,
+        max=8,
         optional=True,
         advanced=True,
         tooltip="Make the extra prediction in every n-th guided step only, and hold the last "

@@ -10,7 +10,10 @@ from comfy_api.latest import io, ui
 from . import inputs
 from .host import watch
 from .host.probe.probe import Probe
-from .host.show.progress import tell_node
+from .host.show import tell_node
+from .report_maps import heat_maps
+from .report_plots import plots, require_matplotlib
+from .report_text import summary
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +110,6 @@ class SEGuidanceReport(io.ComfyNode):
     @classmethod
     def execute(cls, probe: Probe, latent: dict[str, Any], image: Any = None) -> io.NodeOutput:
         """Return plots, heat maps and a summary of the run that produced a latent."""
-        from .report_maps import heat_maps
-        from .report_plots import plots, require_matplotlib
-        from .report_text import summary
-
         require_matplotlib()
         record, made_it = probe.record(latent["samples"])
         if record is None:

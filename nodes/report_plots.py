@@ -13,7 +13,6 @@ from PIL import Image
 
 from .host.probe.probe import BlockRecord, Record, StepRecord
 from .pictures import BACKGROUND, FOREGROUND, to_pixels
-from .report_text import predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,8 +181,9 @@ def _add_energy_axis(panel: Axes, lines: list[dict[int, BlockRecord]]) -> None:
 
 
 def _plot_time(panel: Axes, record: Record) -> None:
-    joined, separate = predictions(record)
-    total = joined + separate.total()
+    branches = [branch for step in record.steps for branch in step.branches.values()]
+    joined = sum(branch.joined for branch in branches)
+    total = joined + sum(branch.whole for branch in branches)
     share = f"; {joined} of {total} predictions in one call" if total else ""
     panel.set_title(f"Milliseconds{share}")
     times = {number: step.milliseconds for number, step in enumerate(record.steps, 1)}

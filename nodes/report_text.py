@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
@@ -12,7 +10,7 @@ from .host.probe.probe import BranchRecord, Measures, Record, StepRecord
 
 
 def summary(record: Record, runs: int, made_it: bool) -> str:
-    """Return what ran, its effect, what the blur did, how its predictions were made, and the time.
+    """Return what ran, its effect, what the blur did, what the log says of it, and the time.
 
     Args:
         record: the run.
@@ -23,13 +21,13 @@ def summary(record: Record, runs: int, made_it: bool) -> str:
     effects = [_effect(b.perturbation.label, steps) for b, steps in guided if steps]
     blurs = [_blur(b.perturbation.where, steps) for b, steps in guided]
     which = "which made this latent" if made_it else "the last one; it did not make this latent"
-    methods = "; ".join(f"{_described(b)}, {len(steps)} steps guided" for b, steps in guided)
+    methods = "; ".join(map(_described, record.branches))
     lines = (
-        f"Run {record.number} of {runs}, {which}: {len(record.steps)} steps. "
+        f"Run {record.number} of {runs}, {which}: {len(record.steps)} model evaluations. "
         f"{methods or 'No guidance of this pack is on the model'}.",
         " ".join(effects) or "Nothing was added to the prediction.",
         " ".join(filter(None, blurs)) or "No attention was blurred.",
-        _passes(record),
+        " ".join(f"{line}." for line in record.lines) or "No prediction was guided.",
         f"{_time(record)}. "
         + (f"Warning: {' '.join(record.warnings)}" if record.warnings else "No warnings."),
     )
@@ -47,26 +45,15 @@ def _described(branch: Any) -> str:
 def _effect(label: str, steps: Sequence[BranchRecord]) -> str:
     moved = _percent(mean(step.share(step.guidance) for step in steps))
     begin = f"{label} moved the prediction by {moved} on average"
-    beside_cfg = [step for step in steps if step.cfg > 0]
-    if not beside_cfg:
-        return f"{begin}; there was no cfg to compare with (cfg 1)."
-    times = mean(step.guidance / step.cfg for step in beside_cfg)
-    cosine = mean(step.cosine for step in beside_cfg)
+    with_cfg = [step for step in steps if step.cfg > 0]
+    if not with_cfg:
+        return f"{begin}; there was no cfg to compare with (cfg 1, or both prompts are equal)."
+    times = mean(step.guidance / step.cfg for step in with_cfg)
+    cosine = mean(step.cosine for step in with_cfg)
     direction = "in the same direction as" if cosine > 0 else "against"
     if abs(cosine) <= 0.3:
         direction = "mostly independent of"
-    push = f"{times:.2f} times the push of cfg, {direction} it (cosine {cosine:+.2f})"
-    return f"{begin}: {push}{_effective_cfg(steps)}."
-
-
-def _effective_cfg(steps: Sequence[BranchRecord]) -> str:
-    """Return which cfg would have done most of it, and how much of it no cfg could do."""
-    found = [step for step in steps if not math.isnan(step.effective_cfg + step.beside)]
-    if not found:
-        return ""
-    cfg = mean(step.effective_cfg for step in found)
-    beside = _percent(mean(step.beside for step in found))
-    return f". The result is nearest to that of cfg {cfg:.3g}; {beside} of the push is beside cfg"
+    return f"{begin}: {times:.2f} times the push of cfg, {direction} it (cosine {cosine:+.2f})."
 
 
 def _blur(where: str, steps: Sequence[BranchRecord]) -> str:
@@ -85,41 +72,6 @@ def _blur(where: str, steps: Sequence[BranchRecord]) -> str:
 
 def _average(measures: Sequence[Measures]) -> Measures:
     return Measures(*map(mean, zip(*measures, strict=True)))
-
-
-def _passes(record: Record) -> str:
-    joined, separate = predictions(record)
-    total = joined + separate.total()
-    if not total:
-        return "No extra prediction of the model."
-    reasons = "; ".join(f"{n} because {reason}" for reason, n in separate.items() if reason)
-    return (
-        f"Extra predictions: {total}, of which {joined} in the same model call as the ordinary "
-        f"ones and {separate.total()} in passes of their own{reasons and f' ({reasons})'}."
-        f"{_held(record)}"
-    )
-
-
-def _held(record: Record) -> str:
-    """Return how often differences were held, and how far off they were."""
-    branches = [branch for step in record.steps for branch in step.branches.values()]
-    held = sum(branch.held for branch in branches)
-    if not held:
-        return ""
-    checks = [branch for branch in branches if not math.isnan(branch.off)]
-    checked = ""
-    if checks:
-        off = _percent(mean(branch.off for branch in checks))
-        cosine = mean(branch.held_cosine for branch in checks)
-        checked = f"; off by {off}, cosine {cosine:.2f}, where it was checked"
-    return f" The difference was held in {held} of {len(branches)} evaluations{checked}."
-
-
-def predictions(record: Record) -> tuple[int, Counter[str]]:
-    """Return how many extra predictions joined the ordinary calls, and the others by reason."""
-    branches = [branch for step in record.steps for branch in step.branches.values()]
-    separate = sum((Counter(branch.whole) for branch in branches), Counter[str]())
-    return sum(branch.joined for branch in branches), separate
 
 
 def _time(record: Record) -> str:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..seg_core import KERNELS
 from . import inputs
-from .guidance_node import GuidanceNode
+from .guidance_node import GuidanceNode, narrow
 from .host import InputBlur, network_of
 
 INPUTS = [
@@ -61,7 +61,6 @@ class SEGuidanceSAG(GuidanceNode, io.ComfyNode):
     """Guides sampling away from a prediction for an image blurred where attention gathers."""
 
     LABEL = "Self-Attention Guidance"
-    NEUTRAL = "blur_sigma"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -85,3 +84,8 @@ class SEGuidanceSAG(GuidanceNode, io.ComfyNode):
             source = network_of(model, cls.LABEL).saliency_source(widgets["blocks"])
         blur = widgets["blur_sigma"], widgets["kernel"], widgets["threshold"]
         return InputBlur(cls.LABEL, source, *blur)
+
+    @classmethod
+    def no_effect(cls, *, blur_sigma: float, **_: Any) -> str:
+        """Return why these widgets have no effect; empty if they have one."""
+        return narrow(blur_sigma, "full")  # the 9 taps of reference reach as far

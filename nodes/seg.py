@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..seg_core import AXES, KERNELS, is_identity
+from ..seg_core import AXES, KERNELS
 from . import inputs
-from .guidance_node import GuidanceNode
+from .guidance_node import GuidanceNode, narrow
 from .host import SmoothQueries
 
 INPUTS = [
@@ -97,13 +97,4 @@ class SEGuidance(GuidanceNode, io.ComfyNode):
     def no_effect(cls, **widgets: Any) -> str:
         """Return why these widgets have no effect; empty if they have one."""
         blur = cls.change(**widgets)
-        if blur.strength == 0:
-            return "strength is 0."
-        if blur.sigma == 0:
-            return "blur_sigma is 0. Raise it, or turn infinite_blur on."
-        if is_identity((64, 64), blur.sigma, kernel=blur.kernel):
-            return (
-                f"blur_sigma {blur.sigma:g} is too narrow to reach a neighbouring cell "
-                f"with kernel '{blur.kernel}'. Try 1 or more."
-            )
-        return ""
+        return "strength is 0." if blur.strength == 0 else narrow(blur.sigma, blur.kernel)

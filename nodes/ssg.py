@@ -11,14 +11,25 @@ from comfy_api.latest import io
 from ..seg_core import swap_least_similar
 from . import inputs
 from .guidance_node import GuidanceNode
-from .host import ChangeTokens
+from .host import ChangeTokens, GuidanceError
 
 
 def swapped(
     tokens: torch.Tensor, seed: int, step: int, layer: int, *, ratio: float
 ) -> torch.Tensor:
-    """Return the tokens that enter a layer, the least similar in each other's places."""
+    """Return the tokens that enter a layer, the least similar in each other's places.
+
+    Raises:
+        GuidanceError: if the ratio is not even one pair, of tokens or of channels.
+    """
     del seed, step, layer
+    _, count, channels = tokens.shape
+    if ratio * max(count, channels) < 1:
+        raise GuidanceError(
+            f"{SEGuidanceSSG.LABEL}: ratio {ratio:g} of {count} tokens and {channels} channels is "
+            f"not one pair, so nothing would be swapped. Raise ratio to at least "
+            f"1/{max(count, channels)}."
+        )
     return swap_least_similar(tokens, ratio)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +11,7 @@ from comfy_api.latest import io, ui
 
 from . import inputs
 from .host import branches_of
-from .host.show.progress import Bar, tell_node
-from .host.show.render import SAMPLERS, SCHEDULERS, decode, sampled
+from .host.show import SAMPLERS, SCHEDULERS, decode, sampled
 from .pictures import labelled_grid, to_image, to_pixels
 from .sweep_settings import METHODS, SEG, Setting, labels, settings
 
@@ -118,39 +116,30 @@ class SEGuidanceSweep(io.ComfyNode):
         Raises:
             ValueError: if an entry is wrong, or the model is guided already or cannot be so.
         """
-        rows = settings(sigmas, scales, blocks, methods)
-        sample = partial(sampled, **sampling)
-        found = _images(model, rows, sample, vae, getattr(cls.hidden, "unique_id", None))
-        grid = _grid(found, *labels(rows))
-        together = torch.cat([images for row in found for images in row])
+        listed = settings(sigmas, scales, blocks, methods)
+        rows = [[None if setting.is_off else setting for setting in row] for row in listed]
+        models = _guided(model, itertools.chain(*rows))
+        node_id = getattr(cls.hidden, "unique_id", None)
+        latents = sampled(list(models.values()), node_id, **sampling)
+        images = {one: decode(vae, made).cpu() for one, made in zip(models, latents, strict=True)}
+        found = [[images[one] for one in row] for row in rows]
+        grid = _grid(found, *labels(listed))
+        together = torch.cat(list(itertools.chain(*found)))
         return io.NodeOutput(grid, together, ui=ui.PreviewImage(grid, cls=cls))
 
 
-def _images(
-    model: Any,
-    rows: list[list[Setting]],
-    sample: Callable[..., torch.Tensor],
-    vae: Any,
-    node_id: str | None,
-) -> list[list[torch.Tensor]]:
-    """Return the images of each setting; those without guidance are sampled once."""
+def _guided(model: Any, rows: Iterable[Setting | None]) -> dict[Setting | None, Any]:
+    """Return the model of each setting, once; those without guidance share the model itself.
+
+    All are made before the first image, so that a wrong entry costs no time.
+    """
     already = [branch.perturbation.label for branch in branches_of(model.model_options)]
     if already:
         raise ValueError(
             f"SEG Compare applies guidance itself, but this model is already guided by "
             f"{', '.join(already)}. Connect the model from before that node."
         )
-    keys = [[None if setting.is_off else setting for setting in row] for row in rows]
-    # Before the first image is made, so that a wrong entry costs no time.
-    models = {
-        key: key.guided(model) if key else model for key in dict.fromkeys(itertools.chain(*keys))
-    }
-    bar, found = Bar(model, len(models)), dict[Setting | None, torch.Tensor]()
-    for number, (key, guided) in enumerate(models.items()):
-        tell_node(f"image {number + 1} of {len(models)}", node_id)
-        found[key] = decode(vae, sample(guided, bar.part(number))).cpu()
-    tell_node(f"{len(models)} images", node_id)
-    return [[found[key] for key in row] for row in keys]
+    return {one: one.guided(model) if one else model for one in dict.fromkeys(rows)}
 
 
 def _grid(rows: list[list[torch.Tensor]], across: list[str], down: list[str]) -> torch.Tensor:

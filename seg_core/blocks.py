@@ -24,7 +24,7 @@ _LIST_TERM = re.compile(rf"(?:([^.,]*[^.,\d-])\.)?{_RANGE}")
 _BROKEN_NUMBER = re.compile(r"\d\s+\d")
 _HEADS = re.compile(rf"h{_RANGE}")
 _MORE_HEADS = re.compile(_RANGE)
-_RANDOM = re.compile(r"random(?::(\d+))?(?:,(.*))?", re.IGNORECASE | re.DOTALL)
+_RANDOM = re.compile(r"random(?::(\d+))?")
 
 Heads: TypeAlias = tuple[int, ...] | None
 """Numbers of heads; None for all of a layer."""
@@ -91,11 +91,7 @@ def select_heads(
     """
     if not catalogue:
         raise ValueError("this model has no self-attention blocks that could be selected")
-    if _BROKEN_NUMBER.search(selector):
-        raise _refusal(
-            f"numbers in the blocks must be parted by commas, got {selector!r}", catalogue
-        )
-    terms = [term for term in re.sub(r"\s", "", selector).lower().split(",") if term]
+    terms = _terms(selector, catalogue)
     if not terms:
         raise _refusal("the blocks must name at least one block, got nothing", catalogue)
     if any(term.startswith("random:") for term in terms):
@@ -120,7 +116,7 @@ def select_random(
     """Return between which layers a selector draws, and how many; None if it names layers.
 
     ``random`` draws about a tenth, ``random:3`` three. A selector after a comma names between
-    which: ``random:2, 8-20``. The first layer of the model is never drawn.
+    which: ``random:2, 8-20``. The first layer of the model is never drawn. Convention: as `select`.
 
     Args:
         selector: the text.
@@ -131,18 +127,16 @@ def select_random(
     Raises:
         ValueError: as `select`, or if there are not as many layers, or none is to be drawn.
     """
-    text = re.sub(r"\s", "", selector)
-    if not text.lower().startswith("random"):
+    first, *among = _terms(selector, catalogue) or [""]
+    if not first.startswith("random"):
         return None
-    found = _RANDOM.fullmatch(text)
+    found = _RANDOM.fullmatch(first)
     if found is None:
-        raise _refusal(f"random blocks must be written as random or random:3, got {selector!r}",
-                       catalogue)  # fmt: skip
-    number, among = found.groups()
-    chosen = pool if among is None else select(among, catalogue, auto)
-    first = next(all_targets(catalogue), None)
-    between = tuple(target for target in chosen if target != first)
-    count = max(round(len(between) / 10), 1) if number is None else int(number)
+        raise _refusal(f"draws must be written as random or random:3, got {selector!r}", catalogue)
+    chosen = select(",".join(among), catalogue, auto) if among else pool
+    never = next(all_targets(catalogue), None)
+    between = tuple(target for target in chosen if target != never)
+    count = int(found[1] or max(round(len(between) / 10), 1))
     if not 1 <= count <= len(between):
         names = describe_targets(between, catalogue) or "none"
         raise ValueError(
@@ -169,6 +163,13 @@ def require_heads(heads: Iterable[int], count: int | None, block: str) -> None:
             f"block {block} has {count} heads, 0 to {(count or 0) - 1}, so there is no head "
             f"{wrong[0]}"
         )
+
+
+def _terms(selector: str, catalogue: Sequence[Block]) -> list[str]:
+    """Return the terms of a selector, without white space and those that are empty."""
+    if _BROKEN_NUMBER.search(selector):
+        raise _refusal(f"numbers in blocks must be parted by commas, got {selector!r}", catalogue)
+    return [term for term in re.sub(r"\s", "", selector).lower().split(",") if term]
 
 
 def _with_heads(

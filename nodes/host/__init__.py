@@ -1,6 +1,6 @@
 """Everything that knows ComfyUI's model patching; nothing here knows a formula.
 
-The subpackages, from the ground up; imports only run down:
+Its parts, from the ground up; imports only run down:
 
     settings    what was asked for, as values
     probe       measuring a run
@@ -15,13 +15,11 @@ from .networks import network_of as network_of
 from .run.guidance import branches_of as branches_of
 from .run.install import guided as guided
 from .run.install import watch as watch
-from .settings.branch import MOST_HELD as MOST_HELD
 from .settings.branch import Branch as Branch
-from .settings.branch import RescaleMode as RescaleMode
-from .settings.branch import Side as Side
 from .settings.changes import ChangeOutput as ChangeOutput
 from .settings.changes import ChangeTokens as ChangeTokens
 from .settings.changes import SkipBlock as SkipBlock
 from .settings.changes import SmoothQueries as SmoothQueries
+from .settings.errors import GuidanceError as GuidanceError
 from .settings.perturbation import BlockPerturbation as BlockPerturbation
 from .settings.perturbation import InputBlur as InputBlur

@@ -144,6 +144,12 @@ def test_the_least_similar_tokens_and_channels_are_swapped(kind, reuse, ratio):
     assert compare(ours, reference, size=(32, 24)) < EXACT
 
 
+@pytest.mark.parametrize("reuse", REUSE)
+def test_a_ratio_that_is_not_one_pair_is_an_error_that_says_how_many_there_are(reuse):
+    with pytest.raises(ValueError, match=r"0.001 of 24 tokens and 64 channels .* at least 1/"):
+        sample(guide("SSG", shared_model(), ratio=0.001, blocks="m0", reuse=reuse), size=(8, 12))
+
+
 def test_auto_is_the_middle_block_and_of_tokens_the_encoder_without_its_first_quarter(caplog):
     """On SDXL the layers of the released code: d6 to d23 of its count, d2.2-9 and d3 of ours."""
     with on_meta():
@@ -152,6 +158,8 @@ def test_auto_is_the_middle_block_and_of_tokens_the_encoder_without_its_first_qu
     for method, blocks in named.items():
         assert where(guide(method, sdxl)) == where(guide(method, sdxl, blocks=blocks)) == blocks
     assert where(guide("TPG", shared_model())) == "d0"
+    layer = where(guide("SAG", shared_model()))
+    assert layer == where(guide("SAG", shared_model(), blocks=" Auto,,")) == "where m0.0 attends"
     assert where(guide("SSG", shared_model("sd15"))) == "m0"
 
 

@@ -89,8 +89,8 @@ def test_each_kind_acts_by_itself(kind, cfg):
 STILL = {
     "an identity map": nothing,
     "a blur of the input": functools.partial(
-        guide, "SAG", scale=0.5, blur_sigma=1e-3, mask="everywhere"
-    ),
+        guide, "SAG", scale=0.1, blur_sigma=0.164, mask="everywhere"
+    ),  # the narrowest blur that the node takes for one
 }
 
 

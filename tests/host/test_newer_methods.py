@@ -72,6 +72,7 @@ def test_random_blocks_share_the_call_from_the_first_one_drawn(caplog):
         ("random:x", "must be written as random or random:3"),
         ("d0, random:2", "random must stand first"),
         ("d0, random", "selector language"),
+        ("random:1, 1 2", "numbers in blocks must be parted by commas"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(blocks, message):

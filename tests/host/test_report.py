@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_models import PACK, sample, seg, shared_model
+from host_models import PACK, conditioning, sample, seg, shared_model
 
 SIZE = (6, 10)
 
@@ -70,20 +70,17 @@ def test_plots_are_a_dark_image_with_something_drawn_and_maps_stand_alone():
 def test_it_says_what_was_held_and_which_cfg_the_result_is_nearest_to(caplog):
     caplog.set_level(logging.INFO)
     record = record_of(seg(shared_model(), every=3), steps=7, cfg=4.0)
-    said = words(record)
-    assert "held in 4 of 7 evaluations; off by" in said
-    checked = [branch for step in record.steps for branch in step.branches.values()][3::3]
-    cosine = statistics.mean(branch.held_cosine for branch in checked)
-    assert f", cosine {cosine:.2f}, where it was checked." in said
     assert [step.branches[0].held for step in record.steps] == 2 * [False, True, True] + [False]
-    line = next(message for message in caplog.messages if "effective cfg" in message)
+    (line,) = (message for message in caplog.messages if "guided" in message)
     cfg = statistics.mean(step.branches[0].effective_cfg for step in record.steps)
-    assert f"effective cfg {cfg:.3g} (" in line
-    assert f"nearest to that of cfg {cfg:.3g}; " in said
+    assert f", effective cfg {cfg:.3g} (" in line
+    assert ", 4 held (off by " in line
+    said = words(record).split("\n")[3]
+    assert line.startswith(said.removesuffix(".")), "the report and the log say the same"
     assert part("report_plots").plots(record).shape[1] > 1400, "a panel more"
     alone = record_of(seg(shared_model(), every=2), steps=2, cfg=1.0)
-    assert "nearest" not in words(alone), "there is no cfg to compare with"
-    assert "held in 1 of 2 evaluations." in words(alone), "nothing was checked"
+    assert "effective cfg" not in words(alone), "there is no cfg to compare with"
+    assert ", 1 held, " in words(alone), "nothing was checked"
 
 
 def test_heat_maps_have_the_size_of_the_image_and_show_where():
@@ -112,10 +109,10 @@ def test_the_summary_says_what_ran_with_the_record_s_numbers():
     before = statistics.mean(block.plain.logsumexp for block in blocks)
     after = statistics.mean(block.blurred.logsumexp for block in blocks)
     said = (
-        ("3 steps", "Smoothed Energy Guidance", "m0", "scale 3"),
+        ("3 model evaluations", "Smoothed Energy Guidance", "m0", "scale 3"),
         (f"{times:.2f} times", f"cosine {statistics.mean(s.cosine for s in steps):+.2f}"),
         ("variance", f"from {before:.2f} to {after:.2f}"),
-        ("Extra predictions: 3, of which 3 in the same model call",),
+        ("3 of 3 model evaluations guided", "3 in the same model call"),
         ("No warnings",),
     )
     for line, needed in zip(words(record).split("\n"), said, strict=True):
@@ -137,14 +134,14 @@ def test_time_is_that_of_whole_steps_and_compared_only_with_steps_of_the_same_ru
 
 CASES = {
     # what is special: the model, how it is sampled, what is said
-    "cfg 1": (seg, {"cfg": 1.0}, "no cfg to compare with"),
+    "cfg 1": (seg, {"cfg": 1.0}, "no cfg to compare with (cfg 1, or both prompts are equal)"),
+    "equal prompts": (seg, {"negative": conditioning(1)}, "or both prompts are equal)"),
     "no reuse": (
-        functools.partial(seg, reuse=False), {},
-        "2 in passes of their own (2 because reuse is off)",
+        functools.partial(seg, reuse=False), {}, "2 in extra passes (2 because reuse is off)",
     ),
     "no other step": (seg, {}, "no other step to compare it with"),
     "empty window": (functools.partial(seg, start=1.0), {}, "had no effect"),
-    "free": (functools.partial(seg, branch="free"), {}, "No extra prediction"),
+    "free": (functools.partial(seg, branch="free"), {}, "0 in the same model call, 0 in extra"),
     "not guided": (lambda model: model, {}, "No guidance of this pack is on the model."),
     "one step": (lambda model: model, {"steps": 1}, "No attention was blurred."),
 }  # fmt: skip

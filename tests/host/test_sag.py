@@ -61,11 +61,11 @@ def test_cfg_one_costs_two_passes_and_no_effect_none(caplog):
     with counted_calls(model) as calls:
         assert deviation(sample(sag(model), cfg=1.0), plain) > 1e-3
         assert calls == [1, 1, 1, 1]
-        for setting in ({"scale": 0.0}, {"blur_sigma": 0.0}):
+        for setting in ({"scale": 0.0}, {"blur_sigma": 0.0}, {"blur_sigma": 0.1}):
             calls.clear()
             assert torch.equal(sample(sag(model, **setting), cfg=1.0), plain)
             assert calls == [1, 1]
-    assert caplog.text.count("has no effect") == 2
+    assert caplog.text.count("has no effect") == 3
 
 
 # The formula written out, with a whole map.
@@ -119,7 +119,7 @@ def test_areas_use_the_mask_of_their_own_prompt():
 
 
 @pytest.mark.parametrize("kind", ["sdxl", *CORE])
-def test_a_threshold_of_nothing_blurs_everywhere_and_a_high_one_nowhere(kind):
+def test_a_threshold_of_nothing_blurs_everywhere_and_a_high_one_nowhere(kind, caplog):
     if kind == "sdxl":
         model, run = shared_model(), functools.partial(sample, steps=1, cfg=1.0)
     else:
@@ -131,7 +131,8 @@ def test_a_threshold_of_nothing_blurs_everywhere_and_a_high_one_nowhere(kind):
     )  # fmt: skip
     assert deviation(low, everywhere) < 1e-5
     assert deviation(middle, everywhere) > 1e-3
-    assert deviation(high, plain) < 1e-6
+    assert torch.equal(high, plain)
+    assert caplog.text.count("Lower threshold") == 1
 
 
 def test_an_unknown_mask_is_an_error_that_lists_what_there_is():

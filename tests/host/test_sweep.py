@@ -132,7 +132,7 @@ def test_each_image_of_a_batch_has_its_own_grid():
 
 
 def test_progress_runs_once_over_all_images(monkeypatch):
-    progress = part("host.show.progress")
+    show = part("host.show")
     seen = []
 
     class Bar:
@@ -142,7 +142,7 @@ def test_progress_runs_once_over_all_images(monkeypatch):
         def update_absolute(self, value, total, preview):
             seen.append((value, total))
 
-    monkeypatch.setattr(progress.comfy.utils, "ProgressBar", Bar)
+    monkeypatch.setattr(show.comfy.utils, "ProgressBar", Bar)
     compare("off, 1, infinite", steps=2)
     assert seen == [("total", 6), *[(n, 6) for n in range(1, 7)]]
 

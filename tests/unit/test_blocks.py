@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seg_core.blocks import Block, Target, describe, describe_targets, select, select_heads
+from seg_core.blocks import (
+    Block,
+    Target,
+    describe,
+    describe_targets,
+    select,
+    select_heads,
+    select_random,
+)
 
 SDXL = (
     *(Block("input", index, depth) for index, depth in ((4, 2), (5, 2), (7, 10), (8, 10))),
@@ -162,3 +170,11 @@ def test_heads_of_layers(selector, catalogue, expected):
 def test_wrong_heads_are_errors_that_say_why(selector, message):
     with pytest.raises(ValueError, match="^" + message):
         select_heads(selector, WAN, count=lambda _: 24)
+
+
+@pytest.mark.parametrize("selector", ["random:2", "random:2,,", " ,Random : 2, \n,"])
+def test_empty_terms_do_not_matter_where_blocks_are_drawn(selector):
+    assert select_random(selector, SDXL, AUTO) == (AUTO, 2)
+    among = select_random(f"{selector},,m0.2-4,", SDXL, AUTO)
+    assert among == (layers("middle", 1, 2, 3, 4), 2)
+    assert select_random(",,m0", SDXL, AUTO) is None

@@ -49,9 +49,10 @@ def imported_files(path: Path) -> set[Path]:
 
 
 def room_of(path: Path) -> str:
-    """Return `seg_core`, a folder of `nodes/host`, or `nodes` for what is above these."""
-    top, *below = path.relative_to(ROOT).parts
-    return below[1] if top == "nodes" and len(below) > 2 else top
+    """Return `seg_core`, a folder or file of `nodes/host`, or `nodes` for what is above these."""
+    top, *below = path.relative_to(ROOT).with_suffix("").parts
+    in_host = below[:1] == ["host"] and below[1:] != ["__init__"]
+    return below[1] if in_host else top
 
 
 def test_imports_run_down_and_never_in_circles():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from ....seg_core import BlurMatrices, Target
-from ..probe.attention import AttentionProbe
+from ..probe.recorder import AttentionProbe
 from ..settings.perturbation import BlockPerturbation
 
 

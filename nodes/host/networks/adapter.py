@@ -152,7 +152,7 @@ class NetworkAdapter(ABC):
             ValueError: if it names none.
         """
         targets = select(selector, self.catalogue, self._auto(selector, "attention"))
-        first_only = selector.strip().lower() == "auto"
+        first_only = selector.strip(", \n").lower() == "auto"
         return Selection(tuple(self.catalogue), targets[:1] if first_only else targets)
 
     def perturbation(self, label: str, selector: str, change: Change) -> BlockPerturbation:

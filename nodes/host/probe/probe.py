@@ -34,13 +34,11 @@ class BlockRecord(NamedTuple):
         plain: measured without the blur of its queries.
         blurred: measured with it.
         queries: queries of the whole map.
-        sampled: heads and queries that were measured.
     """
 
     plain: Measures
     blurred: Measures
     queries: int
-    sampled: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,8 @@ class BranchRecord:
         prediction: size of the prediction that was compared with the perturbed one.
         cosine: between guidance and cfg; 0 where one of them is 0.
         effective_cfg: the cfg that the guided prediction is nearest to; NaN without one.
-        beside: share of the push that no cfg could give; NaN without one.
-        off: how far a held difference was from this computed one, as a share; NaN if none was held.
-        held_cosine: between the two; NaN if none was held.
         joined: perturbed predictions made in the call of the base prediction.
-        whole: those that took a pass of their own, by reason.
+        whole: those that took a pass of their own.
         held: the last difference stood in for a prediction.
         blocks: the blocks whose attention it smoothed, by name.
     """
@@ -68,11 +63,8 @@ class BranchRecord:
     prediction: float
     cosine: float
     effective_cfg: float
-    beside: float
-    off: float
-    held_cosine: float
     joined: int
-    whole: dict[str, int]
+    whole: int
     held: bool
     blocks: dict[str, BlockRecord]
 
@@ -100,6 +92,7 @@ class Record:
         steps: every evaluation of the model, in order.
         heat: for each step with guidance, where it acted: mean square over the channels, as
             ``(steps, images, height, width)``; None for latents without height and width.
+        lines: what the log says of each branch that guided.
         warnings: what the run warned of.
         fingerprint: identifies the latents that it made.
     """
@@ -108,6 +101,7 @@ class Record:
     branches: tuple[Any, ...]
     steps: tuple[StepRecord, ...]
     heat: torch.Tensor | None
+    lines: tuple[str, ...]
     warnings: tuple[str, ...]
     fingerprint: torch.Tensor
 

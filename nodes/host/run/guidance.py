@@ -64,7 +64,7 @@ class Guidance:
         if run.report.is_read or run.recorder is not None:
             state.note_effect(args, guided)
         if run.recorder is not None:
-            run.recorder.guided(branch, args, guided, state.counts, state.figures())
+            run.recorder.guided(branch, args, guided, state.counts, state.effects[-1])
         return guided
 
 

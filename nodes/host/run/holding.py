@@ -36,13 +36,11 @@ class Holding:
         every: one in so many evaluations of a place is computed.
         checks: relative distance and cosine of what was computed and what would have been held,
             each time that a difference was computed again.
-        check: that of the last evaluation; None if nothing was compared in it.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.checks: list[torch.Tensor] = []
-        self.check: torch.Tensor | None = None
         self._held: dict[Place, Held] = {}
 
     def stands_in(self, place: Place) -> bool:
@@ -54,7 +52,7 @@ class Holding:
         self, place: Place, sigma: torch.Tensor, conds: frozenset[Hashable]
     ) -> torch.Tensor | None:
         """Return what is held, at another noise level; None if it has to be computed."""
-        self.check, held = None, self._held.get(place)
+        held = self._held.get(place)
         if held is None or held.conds != conds or not self.stands_in(place):
             return None
         held.uses += 1
@@ -72,8 +70,7 @@ class Holding:
             return
         before = self._held.get(place)
         if before is not None and before.conds == conds:
-            self.check = _agreement(difference, before, sigma)
-            self.checks.append(self.check)
+            self.checks.append(_agreement(difference, before, sigma))
         self._held[place] = Held(difference, sigma.clone(), conds)
 
     def agreement(self) -> tuple[float, float] | None:

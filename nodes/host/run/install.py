@@ -12,7 +12,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..batch.call import KEY
 from ..probe.probe import PROBES, Probe
-from ..probe.recorder import recorder_of
+from ..probe.recorder import Recorder
 from ..settings.branch import Branch
 from ..settings.perturbation import InputBlur
 from .base_pass import BasePass
@@ -78,7 +78,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrap one sampling call of the host: begin a run, and end it whatever happens."""
     guider = executor.class_obj
     before = guider.model_options
-    recorder = recorder_of(before)
+    recorder = Recorder(before[PROBES]) if PROBES in before else None
     seed = kwargs.get("seed", args[_SEED] if len(args) > _SEED else None)
     shape = getattr(args[0] if args else kwargs.get("noise"), "shape", None)
     run = Run(guider.model_patcher.get_model_object("model_sampling"), recorder, seed, shape)
@@ -89,7 +89,8 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         run.report.finish(states)
         if recorder is not None:
             branches = [state.branch for state in states]
-            recorder.finish(result, branches, run.report.warnings)
+            lines = tuple(run.report.line(state) for state in states if state.guided)
+            recorder.finish(result, branches, lines=lines, warnings=run.report.warnings)
         return result
     finally:
         guider.model_options = before

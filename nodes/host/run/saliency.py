@@ -86,7 +86,14 @@ def blurred_start(
         mass = _attention_over_latent(blur, run, args, conds)
         if mass is None:
             return None
-        mask = (mass > blur.threshold).to(mass.dtype)
+        attended = mass > blur.threshold
+        if not attended.any():
+            run.report.warn_once(
+                f"{blur.label} pauses: in a step no position draws more than {blur.threshold:g} "
+                "times the average attention, so there is nothing to blur. Lower threshold."
+            )
+            return None
+        mask = attended.to(mass.dtype)
     blurred = degrade(prediction, mask, blur.sigma, kernel=blur.kernel)
     return args["input"] + (blurred - prediction), blurred
 

@@ -71,15 +71,9 @@ class BranchState:
         return self.branch.joins and not (self.unused or self.unreachable)
 
     @property
-    def counts(self) -> tuple[int, Counter[str], int]:
-        """Return its predictions so far: in the base prediction's calls, whole by reason, held."""
-        return self.joined, Counter(self.whole), self.held
-
-    def figures(self) -> torch.Tensor:
-        """Return the last effect, and the check of a difference that was held until then."""
-        effect, check = self.effects[-1], self.holding.check
-        check = effect.new_full((2,), torch.nan) if check is None else check.to(effect)
-        return torch.cat([effect, check])
+    def counts(self) -> tuple[int, int, int]:
+        """Return its predictions so far: in the base prediction's calls, whole ones, held ones."""
+        return self.joined, self.whole.total(), self.held
 
     def note_effect(self, args: dict[str, Any], guided: torch.Tensor) -> None:
         """Note what a guided prediction amounts to; NaN where no cfg is to compare it with."""

@@ -1,1 +1,0 @@
-"""What the host shows and does for nodes that sample by themselves."""
