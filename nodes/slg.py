@@ -31,7 +31,7 @@ def nothing(out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 SKIPPED = {
     "block": SkipBlock(),
-    "attention": ChangeOutput(nothing, needs_map=False, takes_heads=False, auto="skip"),
+    "attention": ChangeOutput(nothing, needs_map=False, auto="skip"),
 }
 INPUTS = [
     inputs.MODEL,

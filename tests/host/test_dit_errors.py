@@ -197,6 +197,6 @@ def test_auto_is_what_the_help_page_says(page):
             for part, size in zip(family.parts, sizes, strict=True)
             for i in range(size)
         ]
-        chosen = [blocks[n] for n in table().auto_range(family, len(blocks))]
+        chosen = [blocks[n] for n in table().auto_range(len(blocks))]
         targets = [Target(block.part, block.index) for block in chosen]
         assert describe_targets(targets, blocks) == auto, model

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 
 import pytest
 import torch
+from choice import each
 from comfy.ldm.modules import attention
 from comfy_extras import nodes_lt
 from dit_models import sample_dit, tiny_dit
-from dit_oracle import float64_rotary, shape_of
+from dit_oracle import OVERRIDE, block_modules, float64_rotary, selector, shape_of
 from family_oracle import guide
 from host_models import core_node, seg
 from host_oracle import deviation
@@ -61,7 +63,7 @@ def test_pag_is_the_spatiotemporal_guidance_of_comfyui_without_its_second_call()
 )
 @pytest.mark.parametrize("sigma", [math.inf, 0.7])
 def test_attention_that_hands_over_containers_is_smoothed_as_any_other(sigma, monkeypatch):
-    module = __import__("comfy.ldm.wan.model", fromlist=["optimized_attention"])
+    module = importlib.import_module("comfy.ldm.wan.model")
     attend, contained = module.optimized_attention, []
 
     def in_containers(q, k, v, *args, **kwargs):
@@ -74,3 +76,34 @@ def test_attention_that_hands_over_containers_is_smoothed_as_any_other(sigma, mo
     monkeypatch.setattr(module, "optimized_attention", in_containers)
     assert torch.equal(sample_dit(model, "wan", shape), expected)
     assert contained
+
+
+ATTENTION = {
+    "flux": ("comfy.ldm.flux.math", "optimized_attention"),
+    "lumina2": ("comfy.ldm.lumina.model", "optimized_attention_masked"),
+    "wan": ("comfy.ldm.wan.model", "optimized_attention"),
+}
+
+
+@pytest.mark.parametrize(*each(kind=ATTENTION, reuse=[True, False]))
+def test_blocks_that_are_not_changed_keep_the_attention_that_the_model_prefers(
+    kind, reuse, monkeypatch
+):
+    """As int8 checkpoints have one of their own: ComfyUI drops it wherever an override is set."""
+    module, name = ATTENTION[kind]
+    module = importlib.import_module(module)
+    attend, inside, seen = getattr(module, name), [False], set()
+
+    def noting(*args, **kwargs):
+        seen.add((inside[0], OVERRIDE in (kwargs.get("transformer_options") or {})))
+        return attend(*args, **kwargs)
+
+    model = tiny_dit(kind)
+    changed = block_modules(model)[1]
+    changed.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True))
+    changed.register_forward_hook(lambda *_: inside.__setitem__(0, False))
+    monkeypatch.setattr(module, name, noting)
+    guided = seg(model, blocks=selector(model, kind, [1]), reuse=reuse)
+    sample_dit(guided, kind, shape_of(kind, (3, 4)))
+    without = {(False, False)} if reuse else {(False, False), (True, False)}
+    assert seen == {*without, (True, True)}, "inside the changed block, and with an override"

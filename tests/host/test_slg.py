@@ -72,6 +72,17 @@ def test_auto_is_what_the_help_says(method, kind, depth, blocks):
     assert torch.equal(auto, named)
 
 
+def test_a_block_that_writes_into_its_arguments_leaves_the_rows_that_skip_it_alone():
+    """The rows of branch `free` come before those that compute the block."""
+    model, blocks = exact_dit("flux"), "double.1"
+    skipping = guide("SLG", model, SCALE, blocks=blocks, branch="free")
+    joined, whole = (
+        sampled(guide("SLG", skipping, SCALE, blocks=blocks, reuse=reuse), "flux", cfg=1.5)
+        for reuse in (True, False)
+    )
+    assert deviation(joined, whole) < EXACT
+
+
 def test_the_order_of_tokens_is_the_seeds_and_the_same_in_each_run():
     model, noise = guide("TPG", tiny_dit("flux")), torch.ones(shape_of("flux", CELLS))
     first, again, other = (sampled(model, "flux", seed=seed, noise=noise) for seed in (5, 5, 6))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from ....seg_core import (
     Block,
     Target,
     all_targets,
-    describe_targets,
+    describe,
     select,
     select_heads,
     select_random,
@@ -24,16 +24,13 @@ from ..batch.active import ActivePerturbation
 from ..batch.call import Call
 from ..batch.compiled import compiled_blocks
 from ..batch.network_call import Axes
-from ..batch.widening import running_eagerly
+from ..batch.widening import Options, running_eagerly
 from ..settings.changes import Auto, Change, ChangeTokens, SkipBlock, SmoothQueries
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation, Selection
-from .attention import Span
+from .attention import SaliencyRequest, Span
 from .blocks import Carried, Present, changed_blocks
 from .editing import AttentionEditor
-from .saliency import SaliencyRequest
-
-Options = dict[str, Any]
 
 
 class NetworkAdapter(ABC):
@@ -141,10 +138,6 @@ class NetworkAdapter(ABC):
             return ""
         return "axes 'time' smooths over the frames of a video, and here there is one frame"
 
-    def describe(self, targets: Iterable[Target]) -> str:
-        """Return some of its layers in the selector language."""
-        return describe_targets(targets, self.catalogue)
-
     def saliency_source(self, selector: str) -> Selection:
         """Return the layers whose attention is measured; `auto` is the first that others perturb.
 
@@ -153,7 +146,7 @@ class NetworkAdapter(ABC):
         """
         targets = select(selector, self.catalogue, self._auto(selector, "attention"))
         first_only = selector.strip(", \n").lower() == "auto"
-        return Selection(tuple(self.catalogue), targets[:1] if first_only else targets)
+        return Selection(self.catalogue, dict.fromkeys(targets[:1] if first_only else targets))
 
     def perturbation(self, label: str, selector: str, change: Change) -> BlockPerturbation:
         """Return a change of selected blocks.
@@ -167,38 +160,37 @@ class NetworkAdapter(ABC):
                 f"{label}: axes {change.axes!r} smooths over the frames of a video, and "
                 f"{self.one_picture}. Set axes to 'space'."
             )
-        chosen, drawn = self._chosen(selector, change)
-        heads = {target: some for target, some in chosen.items() if some is not None}
-        selection = Selection(tuple(self.catalogue), tuple(chosen), heads)
-        lacking = [target for target in chosen if not self._can(change, target)]
+        heads, drawn = self._chosen(selector, change)
+        perturbation = BlockPerturbation(self.catalogue, heads, label, change, drawn)
+        lacking = [target for target in heads if self._lack(change, target)]
         if lacking:
-            shuffled = isinstance(change, ChangeTokens)
-            what = "the image's tokens do not enter" if shuffled else "it is not known how to skip"
             raise GuidanceError(
-                f"{label}: {what} block {selection.name(lacking)} of {self.kind}. Choose "
-                f"other blocks of {self.describe(all_targets(self.catalogue))}."
+                f"{label}: {self._lack(change, lacking[0])} block {perturbation.name(lacking)} of "
+                f"{self.kind}. Choose other blocks of {describe(self.catalogue)}."
             )
-        return BlockPerturbation(label, selection, change, drawn)
+        return perturbation
 
     def _chosen(
         self, selector: str, change: Change
     ) -> tuple[Mapping[Target, tuple[int, ...] | None], int]:
         """Return the layers that a selector names, with their heads, and how many are drawn."""
         auto = self._auto(selector, change.auto)
-        if change.takes_heads:
+        if change.auto == "attention":
             return select_heads(selector, self.catalogue, auto, self.heads), 0
         if change.auto == "skip":
-            pool = [t for t in all_targets(self.catalogue) if self._can(change, t)]
+            pool = [t for t in all_targets(self.catalogue) if not self._lack(change, t)]
             random = select_random(selector, self.catalogue, pool, auto)
             if random is not None:
                 return dict.fromkeys(random[0]), random[1]
         return dict.fromkeys(select(selector, self.catalogue, auto)), 0
 
-    def _can(self, change: Change, target: Target) -> bool:
-        """Tell whether a block has the arguments that a change is to act on."""
-        if isinstance(change, ChangeTokens):
-            return self.carried(target).image is not None
-        return not isinstance(change, SkipBlock) or bool(self.carried(target).names)
+    def _lack(self, change: Change, target: Target) -> str:
+        """Return why a change cannot act on a block, before its name; empty if it can."""
+        if isinstance(change, ChangeTokens) and self.carried(target).image is None:
+            return "the image's tokens do not enter"
+        if isinstance(change, SkipBlock) and not self.carried(target).names:
+            return "it is not known how to skip"
+        return ""
 
     def _auto(self, selector: str, purpose: Auto) -> Sequence[Target]:
         return self.auto(purpose) if "auto" in selector.lower() else ()

@@ -1,4 +1,4 @@
-"""One call of the host's attention function, and where the image's tokens lie in it."""
+"""One call of the host's attention function: where the image's tokens lie, and what they draw."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from ....seg_core import TokenGrid
+from ....seg_core import Target, TokenGrid, column_mass, frame_shares
+
+OVERRIDE = "optimized_attention_override"
+"""Where the host's options hold what stands around its attention function."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class Span:
         grid: their order.
         row: tokens from one row of the image to the next.
         key_offset: keys and values before those of the queries' own tokens.
+        patch: latent cells along a token's sides; None where the grid is stretched over the latent.
     """
 
     start: int
     grid: TokenGrid
     row: int
     key_offset: int = 0
+    patch: tuple[int, int, int] | None = None
 
     @property
     def length(self) -> int:
@@ -41,6 +46,21 @@ class Span:
         """Return the image's rows as a view; two axes in place of the tokens' one."""
         part = tensor.narrow(axis, self.start + offset, self.length)
         return part.unflatten(axis, (-1, self.row)).narrow(axis + 1, 0, self.grid.width)
+
+
+@dataclass(frozen=True)
+class Mass:
+    """How much attention each token of an image drew in a block.
+
+    Attributes:
+        mass: in shares of the average, row-major over the grid.
+        grid: the tokens of the image.
+        patch: latent cells along a token's sides, as in `Span`.
+    """
+
+    mass: torch.Tensor
+    grid: TokenGrid
+    patch: tuple[int, int, int] | None = None
 
 
 class Attention:
@@ -128,6 +148,31 @@ class Attention:
         tensor = self.by_heads(tensor, self.axis)
         shared = self.heads // tensor.shape[2]
         return tensor if shared == 1 else tensor.repeat_interleave(shared, dim=2)
+
+    def image_mass(self, span: Span, rows: slice) -> Mass:
+        """Return how much attention the image's tokens draw from each other, in some rows."""
+        own = self.of(rows)
+        image = span.view(own.by_heads(own.query, own.axis), 1).flatten(1, 2).flatten(2)
+        key = own.of_each_head(own.key).flatten(2)
+        mass = column_mass(image, key, own.heads, scale=own.scale, mask=own.mask_of(span))
+        image_keys = span.view(mass, 1, span.key_offset).flatten(1, 2)
+        return Mass(frame_shares(image_keys, span.grid), span.grid, span.patch)
+
+
+@dataclass(frozen=True)
+class SaliencyRequest:
+    """Somebody who asks for the attention that tokens draw in some layers.
+
+    Attributes:
+        label: whose guidance it is, in messages.
+        targets: the layers.
+        keep: is given the layer, how many rows its tensors have for each of the batch, and a
+            function that measures rows.
+    """
+
+    label: str
+    targets: tuple[Target, ...]
+    keep: Callable[[Target, int, Callable[[slice], Mass]], None]
 
 
 def laid_out(tensor: torch.Tensor, axis: int) -> torch.Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ....seg_core import Target, all_targets
-from ..batch.active import ActivePerturbation, row_groups
+from ..batch.active import ActivePerturbation, RowGroup, row_groups
 from ..batch.call import Call
 from ..batch.compiled import eager
 from ..batch.network_call import NetworkCall, are_options, exchanged
@@ -64,8 +64,6 @@ class ChangedBlock:
 
     Attributes:
         present: the rows of the batch that get to it.
-        axis: of the rows of what goes through it.
-        inside: those of them that it computes: all but those at the end that skip it.
     """
 
     network: Any
@@ -73,16 +71,17 @@ class ChangedBlock:
     target: Target
     active: list[ActivePerturbation]
     present: int
-    axis: int = field(init=False)
-    inside: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.axis = self.network.axes.get(OUTPUT) or 0
-        self.inside = self.present
-        for group in reversed(row_groups(self.active, self.present, self.present)):
-            if not any(map(_skips, group.active)):
-                break
-            self.inside = group.rows.start
+    @property
+    def axis(self) -> int:
+        """Return the axis of the rows of what goes through it."""
+        return self.network.axes.get(OUTPUT) or 0
+
+    @property
+    def inside(self) -> int:
+        """Return how many of the rows it computes: all but those at the end that skip it."""
+        groups = row_groups(self.active, self.present, self.present)
+        return max((group.rows.stop for group in groups if not _is_skipped(group)), default=0)
 
     def __call__(self, block: NetworkCall) -> Any:
         """Run the block."""
@@ -100,8 +99,7 @@ class ChangedBlock:
             return before
         if self.inside < self.present:
             block = self._narrowed(block, next(tensors_in(before)).shape[self.axis])
-        else:  # blocks may write into what they are given
-            before = map_tensors(torch.clone, before)
+        before = map_tensors(torch.clone, before)  # blocks may write into what they are given
         return merged(self._joined, before, block.run())
 
     def _narrowed(self, block: NetworkCall, size: int) -> NetworkCall:
@@ -125,7 +123,7 @@ class ChangedBlock:
         pieces = []
         for group in row_groups(self.active, self.present, before.shape[self.axis]):
             rows = group.rows
-            source = before.to(after.dtype) if any(map(_skips, group.active)) else after
+            source = before.to(after.dtype) if _is_skipped(group) else after
             pieces.append(source.narrow(self.axis, rows.start, rows.stop - rows.start))
         return torch.cat(pieces, dim=self.axis)
 
@@ -161,3 +159,7 @@ class ChangedBlock:
 
 def _skips(one: ActivePerturbation) -> bool:
     return isinstance(one.perturbation.change, SkipBlock)
+
+
+def _is_skipped(group: RowGroup) -> bool:
+    return any(map(_skips, group.active))

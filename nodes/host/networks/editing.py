@@ -8,25 +8,17 @@ that smoothing them is smoothing the attention's logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 
 import torch
 
-from ....seg_core import (
-    BlurMatrices,
-    Target,
-    TokenGrid,
-    repeat_rows,
-    require_heads,
-    softened_attention,
-)
+from ....seg_core import Target, mean_queries, repeat_rows, require_heads, softened_attention
 from ..batch.active import ActivePerturbation, RowGroup, row_groups
-from ..settings.changes import Change, ChangeOutput, SmoothQueries
+from ..batch.network_call import NetworkCall
+from ..settings.changes import ChangeOutput, SmoothQueries
 from ..settings.errors import GuidanceError
-from .attention import Attention, Span, laid_out
-from .saliency import SaliencyRequest, image_mass
+from .attention import Attention, SaliencyRequest, Span, laid_out
 
 
 @dataclass(frozen=True)
@@ -46,106 +38,190 @@ class AttentionEditor:
     @property
     def targets(self) -> list[Target]:
         """Return the layers that are changed or measured."""
-        changed = [target for one in self.active for target in one.perturbation.targets]
-        measured = [target for request in self.measured for target in request.targets]
-        return list(dict.fromkeys(changed + measured))
+        some = [*(one.perturbation for one in self.active), *self.measured]
+        return list(dict.fromkeys(target for one in some for target in one.targets))
 
-    def acting(self, target: Target, axis: str | None = None) -> list[ActivePerturbation]:
-        """Return what changes a layer, over one `axis` where it attends over each by itself."""
-        here = [one for one in self.active if target in one.perturbation.targets]
-        return here if axis is None else [one for one in here if axis in _axes(one)]
+    def over(self, axis: str) -> AttentionEditor:
+        """Return what acts over space or over time, where attention over each is by itself."""
+        smooths = [(one, one.perturbation.smooth) for one in self.active]
+        active = [o for o, it in smooths if axis in ("space" if it is None else it.axes)]
+        return replace(self, active=active, measured=self.measured if axis == "space" else ())
 
-    def needs_one_query(self, target: Target, group: RowGroup) -> bool:
+    def acting(self, target: Target) -> list[ActivePerturbation]:
+        """Return what changes a layer."""
+        return [one for one in self.active if target in one.perturbation.targets]
+
+    def measuring(self, target: Target) -> list[SaliencyRequest]:
+        """Return who measures a layer."""
+        return [request for request in self.measured if target in request.targets]
+
+    def _groups(self, target: Target, size: int) -> list[RowGroup]:
+        """Return the rows of a layer's tensor, `size` of them, grouped by what changes them."""
+        return row_groups(self.acting(target), self.present(target), size)
+
+    def _needs_one_query(self, target: Target, group: RowGroup) -> bool:
         """Tell whether one query of each row is enough for a group, and nobody measures others."""
-        change = _only_change(group, target)
-        measured = any(target in request.targets for request in self.measured)
-        if change is None or measured or group.active[0].probe is not None:
+        change = _short_cut(group, target)
+        if change is None or self.measuring(target) or group.active[0].probe is not None:
             return False
-        if isinstance(change, SmoothQueries):
-            return change.one_query and change.strength == 1
-        return isinstance(change, ChangeOutput) and not change.needs_map
+        return isinstance(change, ChangeOutput) or change.strength == 1
 
-    def measure(
-        self,
-        attention: Attention,
-        target: Target,
-        span: Span,
-        patch: tuple[int, int, int] | None = None,
-    ) -> None:
-        """Measure how much attention the image's tokens draw from each other, for who asks."""
-        for request in self.measured:
-            if target in request.targets:
-                mass = partial(image_mass, attention, span, patch)
-                request.keep(target, attention.rows // self.present(target), mass)
+    def project(self, target: Target, projection: NetworkCall) -> torch.Tensor:
+        """Return the projected queries of a layer; where one stands for all, the mean token's.
 
-    def run(
-        self, attention: Attention, target: Target, span: Span, here: list[ActivePerturbation]
-    ) -> torch.Tensor:
-        """Return the output of an attention of which `here` changes some rows."""
-        for one in here:
+        A projection is linear: that of the mean token is the mean of the projected tokens.
+        """
+        name, tokens = next(iter(projection.arguments.items()))
+        groups = self._groups(target, tokens.shape[0])
+        short = [self._needs_one_query(target, group) for group in groups]
+        if not any(short):
+            return projection.run()
+        pieces = [
+            tokens[group.rows].mean(dim=1, keepdim=True) if is_short else tokens[group.rows]
+            for group, is_short in zip(groups, short, strict=True)
+        ]
+        flat = torch.cat([piece.flatten(0, 1) for piece in pieces])
+        few = projection.replaced(**{name: flat}).run()
+        few = few.split([piece.shape[:2].numel() for piece in pieces])
+        shaped = [
+            one.unflatten(0, piece.shape[:2]).expand(-1, tokens.shape[1], -1)
+            for one, piece in zip(few, pieces, strict=True)
+        ]
+        return torch.cat(shaped)
+
+    def run(self, attention: Attention, target: Target, span: Span) -> torch.Tensor:
+        """Return the output of an attention, changed in some rows, and let it be measured."""
+        for request in self.measuring(target):
+            mass = partial(attention.image_mass, span)
+            request.keep(target, attention.rows // self.present(target), mass)
+        for one in self.acting(target):
             _require_heads(one, target, attention.heads)
             one.reached.add(target)
-        groups = row_groups(here, self.present(target), attention.rows)
-        _show_probes(attention, span, groups, target)
-        is_short = partial(_is_short, attention, span, target)
-        neighbours = [(short, list(some)) for short, some in groupby(groups, is_short)]
-        attending = [group for short, some in neighbours if not short for group in some]
-        query = _smoothed_queries(attention, span, attending, target)
-        outs: list[torch.Tensor] = []
-        for short, some in neighbours:
-            if short:
-                outs += [_short(attention.of(g.rows), span, g.active[0]) for g in some]
-            else:
-                rows = slice(some[0].rows.start, some[-1].rows.stop)
-                outs.append(attention.of(rows).run(query[rows]))
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        out = _softened_output(attention, groups, out)
-        return _mixed_output(attention, span, groups, out, target)
+        parts = [
+            _Part(attention.of(group.rows), span, target, group)
+            for group in self._groups(target, attention.rows)
+        ]
+        for part in parts:
+            part.show_probes()
+        sizes = [part.attention.rows for part in parts]
+        if attention.chained:  # another node's code may go by the labels of all rows
+            outs = attention.run(torch.cat([part.query() for part in parts])).split(sizes)
+        else:
+            outs = [part.run() for part in parts]
+        is_soft = any(smooth.strength < 1 for part in parts for _, smooth in part.smoothing)
+        plain = attention.run().split(sizes) if is_soft else outs
+        pairs = zip(parts, outs, plain, strict=True)
+        return torch.cat([part.changed(out, own) for part, out, own in pairs])
 
 
-def _axes(one: ActivePerturbation) -> str:
-    """Return the axes that a perturbation acts over."""
-    smooth = one.perturbation.smooth
-    return "space" if smooth is None else smooth.axes
+@dataclass(frozen=True)
+class _Part:
+    """Rows of an attention that the same perturbations change.
+
+    Attributes:
+        attention: that of these rows.
+        span: where the image's tokens lie.
+        target: the layer.
+        group: the rows, and what changes them.
+    """
+
+    attention: Attention
+    span: Span
+    target: Target
+    group: RowGroup
+
+    @property
+    def smoothing(self) -> list[tuple[ActivePerturbation, SmoothQueries]]:
+        """Return who smooths the queries, and how."""
+        changes = [(one, one.perturbation.smooth) for one in self.group.active]
+        return [(one, smooth) for one, smooth in changes if smooth is not None]
+
+    def query(self) -> torch.Tensor:
+        """Return the queries, the image's smoothed over their grid."""
+        attention = self.attention
+        query = attention.query.clone() if self.smoothing else attention.query
+        for one, smooth in self.smoothing:
+            change = partial(smooth, grid=self.span.grid, matrices=one.matrices)
+            self._change_image(one, attention.by_heads(query, attention.axis), change)
+        return query
+
+    def run(self) -> torch.Tensor:
+        """Return the output for smoothed queries, computed for no more of them than it takes."""
+        attention, span = self.attention, self.span
+        change = _short_cut(self.group, self.target) if span.is_solid else None
+        if isinstance(change, SmoothQueries) and not attention.masks_queries:
+            return _of_mean_queries(attention, span, change)
+        is_whole = span.length == attention.queries == attention.keys
+        if isinstance(change, ChangeOutput) and is_whole:  # any output will do
+            return laid_out(attention.of_each_head(attention.value), attention.out_axis)
+        return attention.run(self.query())
+
+    def changed(self, out: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        """Return the output as it is asked for, from that of smoothed queries and the plain one."""
+        attention, span = self.attention, self.span
+        for _, smooth in self.smoothing:
+            if smooth.strength < 1:
+                out = softened_attention(plain, out, smooth.strength)
+        for one in self.group.active:
+            change = one.perturbation.change
+            if isinstance(change, ChangeOutput):
+                out = out.clone()
+                value = span.view(attention.of_each_head(attention.value), 1, span.key_offset)
+                tokens = attention.by_heads(out, attention.out_axis)
+                self._change_image(one, tokens, change.mix, value)
+        return out
+
+    def _change_image(
+        self,
+        one: ActivePerturbation,
+        tokens: torch.Tensor,
+        change: Callable[..., torch.Tensor],
+        *others: torch.Tensor,
+    ) -> None:
+        """Write into the chosen heads of the image's tokens what `change` makes of them.
+
+        It is given those heads of the image, and of others, as `(rows, tokens, channels)`.
+        """
+        image, heads = self.span.view(tokens, 1), one.perturbation.heads[self.target]
+        index = slice(None) if heads is None else list(heads)
+        chosen = [some[..., index, :] for some in (image, *others)]
+        image[..., index, :] = change(*map(_flat, chosen)).reshape(chosen[0].shape)
+
+    def show_probes(self) -> None:
+        """Show probes the image's queries, and all keys, of the first sample."""
+        for one, smooth in self.smoothing:
+            if one.probe is not None:
+                first, grid = self.attention.of(slice(0, 1)), self.span.grid
+                query = self.span.view(first.by_heads(first.query, first.axis), 1).flatten(1, 2)
+                key = first.by_heads(first.key, first.axis)
+                query, key = (tokens[0].transpose(0, 1) for tokens in (query, key))
+                one.probe.measure(self.target, query, key, grid, smooth, one.matrices, first.scale)
 
 
 def _require_heads(one: ActivePerturbation, target: Target, count: int) -> None:
     try:
         name = one.perturbation.name([target])
-        require_heads(one.perturbation.heads(target) or (), count, name)
+        require_heads(one.perturbation.heads[target] or (), count, name)
     except ValueError as error:
         raise GuidanceError(f"{one.perturbation.label}: {error}") from None
 
 
-def _only_change(group: RowGroup, target: Target) -> Change | None:
-    """Return the change of a group, if there is just one and it is of all heads."""
-    if len(group.active) != 1 or group.active[0].perturbation.heads(target) is not None:
+def _short_cut(group: RowGroup, target: Target) -> SmoothQueries | ChangeOutput | None:
+    """Return the change of some rows if it is the only one, of all heads, and needs no map."""
+    if len(group.active) != 1 or group.active[0].perturbation.heads[target] is not None:
         return None
-    return group.active[0].perturbation.change
-
-
-def _is_short(attention: Attention, span: Span, target: Target, group: RowGroup) -> bool:
-    """Tell whether a group's output needs no attention of every query of the image."""
-    change = _only_change(group, target)
-    if attention.chained or not span.is_solid:
-        return False
+    change = group.active[0].perturbation.change
     if isinstance(change, SmoothQueries):
-        return change.one_query and not attention.masks_queries
-    is_whole = span.length == attention.queries == attention.keys
-    return isinstance(change, ChangeOutput) and not change.needs_map and is_whole
+        return change if change.one_query else None
+    return change if isinstance(change, ChangeOutput) and not change.needs_map else None
 
 
-def _short(attention: Attention, span: Span, one: ActivePerturbation) -> torch.Tensor:
-    """Return attention in which few queries stand for the image's; their output, for all.
-
-    Where nothing is left of the attention map, return the values in the layout of the output.
-    """
-    smooth = one.perturbation.smooth
-    if smooth is None:
-        return laid_out(attention.of_each_head(attention.value), attention.out_axis)
+def _of_mean_queries(attention: Attention, span: Span, smooth: SmoothQueries) -> torch.Tensor:
+    """Return attention in which few queries stand for the image's; their output, for all."""
     query = attention.by_heads(attention.query, attention.axis)
     heads = query.shape[2:]
-    means = smooth.mean(_tokens(span.view(query, 1)), span.grid).unflatten(2, heads)
+    means = mean_queries(_flat(span.view(query, 1)), span.grid, axes=smooth.axes)
+    means = means.unflatten(2, heads)
     start, stop = span.start, span.start + span.length
     short = torch.cat([query[:, :start], means, query[:, stop:]], dim=1)
     out = attention.run(laid_out(short, attention.axis))
@@ -157,89 +233,6 @@ def _short(attention: Attention, span: Span, one: ActivePerturbation) -> torch.T
     return laid_out(whole, attention.out_axis)
 
 
-def _smoothing(
-    groups: list[RowGroup],
-) -> list[tuple[slice, ActivePerturbation, SmoothQueries]]:
-    """Return who smooths which rows, and how."""
-    acting = [(g.rows, one, one.perturbation.change) for g in groups for one in g.active]
-    return [(rows, one, it) for rows, one, it in acting if isinstance(it, SmoothQueries)]
-
-
-def _smoothed_queries(
-    attention: Attention, span: Span, groups: list[RowGroup], target: Target
-) -> torch.Tensor:
-    """Return queries, the image's smoothed over their grid as each group's perturbations ask."""
-    smoothing = _smoothing(groups)
-    query = attention.query.clone() if smoothing else attention.query
-    for rows, one, smooth in smoothing:
-        image = span.view(attention.by_heads(query, attention.axis)[rows], 1)
-        change = partial(_smoothed, smooth, span.grid, one.matrices)
-        _change_heads(image, one.perturbation.heads(target), change)
-    return query
-
-
-def _smoothed(
-    smooth: SmoothQueries, grid: TokenGrid, matrices: BlurMatrices, image: torch.Tensor
-) -> torch.Tensor:
-    return smooth(_tokens(image), grid, matrices).reshape(image.shape)
-
-
-def _softened_output(
-    attention: Attention, groups: list[RowGroup], out: torch.Tensor
-) -> torch.Tensor:
-    """Return an output that is drawn to that of smoothed queries as far as each group asks."""
-    soft = [(rows, smooth) for rows, _, smooth in _smoothing(groups) if smooth.strength < 1]
-    if not soft:
-        return out
-    out = out.clone()
-    # Another node's code may go by the labels of all rows.
-    whole = attention.run() if attention.chained else None
-    for rows, smooth in soft:
-        own = attention.of(rows).run() if whole is None else whole[rows]
-        out[rows] = softened_attention(own, out[rows], smooth.strength)
-    return out
-
-
-def _mixed_output(
-    attention: Attention, span: Span, groups: list[RowGroup], out: torch.Tensor, target: Target
-) -> torch.Tensor:
-    """Return an output whose image rows are others, made of them and their own values."""
-    changes = [(g, one, one.perturbation.change) for g in groups for one in g.active]
-    mixes = [(g, one, it.mix) for g, one, it in changes if isinstance(it, ChangeOutput)]
-    out = out.clone() if mixes else out
-    for group, one, mix in mixes:
-        own = attention.of(group.rows)
-        value = span.view(own.of_each_head(own.value), 1, span.key_offset)
-        image = span.view(attention.by_heads(out, attention.out_axis)[group.rows], 1)
-        _change_heads(image, one.perturbation.heads(target), mix, value)
-    return out
-
-
-def _change_heads(
-    image: torch.Tensor,
-    heads: tuple[int, ...] | None,
-    change: Callable[..., torch.Tensor],
-    *others: torch.Tensor,
-) -> None:
-    """Write into some heads of an image's tokens, or all, what `change` makes of them.
-
-    It is given those heads of the image and of the others, `(rows, lines, columns, heads, dim)`.
-    """
-    index = slice(None) if heads is None else list(heads)
-    image[..., index, :] = change(*(tokens[..., index, :] for tokens in (image, *others)))
-
-
-def _show_probes(attention: Attention, span: Span, groups: list[RowGroup], target: Target) -> None:
-    """Show probes the image's queries, and all keys, of the first sample that is smoothed."""
-    for rows, one, smooth in _smoothing(groups):
-        if one.probe is not None:
-            first = attention.of(slice(rows.start, rows.start + 1))
-            query = span.view(first.by_heads(first.query, first.axis), 1).flatten(1, 2)
-            key = first.by_heads(first.key, first.axis)
-            query, key = (tokens[0].transpose(0, 1) for tokens in (query, key))
-            one.probe.measure(target, query, key, span.grid, smooth, one.matrices, attention.scale)
-
-
-def _tokens(image: torch.Tensor) -> torch.Tensor:
+def _flat(image: torch.Tensor) -> torch.Tensor:
     """Return `(rows, lines, columns, heads, dim)` as `(rows, tokens, channels)`."""
     return image.flatten(1, 2).flatten(2)

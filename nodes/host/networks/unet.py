@@ -9,23 +9,20 @@ from typing import Any
 import torch
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ....seg_core import Block, Target, TokenGrid, all_targets, describe
-from ..batch.active import RowGroup, row_groups
+from ....seg_core import Block, Target, TokenGrid, all_targets, describe, describe_targets
 from ..batch.call import Call
 from ..batch.compiled import eager
-from ..batch.widening import own_options
+from ..batch.network_call import NetworkCall
+from ..batch.widening import Options, own_options, wrapped
 from ..settings.changes import Auto
 from ..settings.errors import GuidanceError
-from .adapter import NetworkAdapter, Options
-from .attention import Attention, Span
+from .adapter import NetworkAdapter
+from .attention import OVERRIDE, Attention, Span
 from .blocks import Carried
 from .editing import AttentionEditor
-from .projection import projected_once
 
 _SWAPPED = 6
-_OVERRIDE = "optimized_attention_override"
 
 
 class UNet(NetworkAdapter):
@@ -33,7 +30,7 @@ class UNet(NetworkAdapter):
 
     kind = "UNet"
 
-    def __init__(self, network: UNetModel) -> None:
+    def __init__(self, network: Any) -> None:
         self.network = network
         middle = network.middle_block
         parts: dict[str, list[Any]] = {
@@ -58,7 +55,7 @@ class UNet(NetworkAdapter):
     def is_one(network: object) -> bool:
         """Tell whether a network is of this kind, whatever other nodes made of its class."""
         parts = ("input_blocks", "middle_block", "output_blocks", "time_embed", "out")
-        return isinstance(network, UNetModel) or all(hasattr(network, part) for part in parts)
+        return all(hasattr(network, part) for part in parts)
 
     def fork(self, target: Target) -> int:
         """Return the number of the layer that holds a target."""
@@ -67,10 +64,6 @@ class UNet(NetworkAdapter):
     def module(self, target: Target) -> Any:
         """Return the transformer block whose self-attention a target is."""
         return self._spatial[target.part, target.index].transformer_blocks[target.transformer]
-
-    def module_over_time(self, target: Target) -> Any:
-        """Return the transformer block over frames that follows a target's."""
-        return self._spatial[target.part, target.index].time_stack[target.transformer]
 
     def frames(self, call: Call) -> int:
         """Return the number of frames that attend to each other in one call."""
@@ -117,41 +110,30 @@ class UNet(NetworkAdapter):
     @contextmanager
     def edited_attention(self, call: Call, editor: AttentionEditor) -> Iterator[None]:
         """Change the self-attention of some rows for the length of one call, or measure it."""
-        places = [(self.module(target), target, "space") for target in editor.targets]
-        places += [
-            (self.module_over_time(target), target, "time")
-            for target in editor.targets
-            if editor.acting(target, "time")
-        ]
-
-        chained: dict[Target, bool] = {}
+        space, time = editor.over("space"), editor.over("time")
+        places = [(self.module(target), target, space) for target in space.targets]
+        for target in time.targets:
+            layers = self._spatial[target.part, target.index].time_stack
+            places.append((layers[target.transformer], target, time))
+        alone = [target for target in space.targets if not _is_chained(call.options, target)]
 
         def own(number: int, options: Options) -> Options:
-            _, target, axis = places[number]
-            chained[target] = _other(options, target)[1] is not None or _OVERRIDE in options
-            return self._with_replacement(options, editor, target, axis)
+            _, target, over = places[number]
+            return self._with_replacement(options, target, over, in_time=over is time)
 
-        def groups(number: int, rows: int) -> list[RowGroup]:
-            target = editor.targets[number]
-            return row_groups(editor.acting(target, "space"), editor.present(target), rows)
-
-        def is_short(number: int, group: RowGroup) -> bool:
-            target = editor.targets[number]
-            return not chained[target] and editor.needs_one_query(target, group)
+        def project(number: int, run: NetworkCall) -> torch.Tensor:
+            return space.project(alone[number], run)
 
         blocks = [module for module, _, _ in places]
-        projections = [self.module(target).attn1.to_q for target in editor.targets]
-        with own_options(blocks, call.options, own), projected_once(projections, groups, is_short):
+        projections = [self.module(target).attn1.to_q for target in alone]
+        with own_options(blocks, call.options, own), wrapped(projections, project):
             yield
 
     def _with_replacement(
-        self, options: Options, editor: AttentionEditor, target: Target, axis: str
+        self, options: Options, target: Target, editor: AttentionEditor, *, in_time: bool
     ) -> Options:
         """Return a block's options in which the editor stands around what computes attention."""
-        place, before = _other(options, target)
-        tables = options.get("patches_replace", {})
-        table = tables.get("attn1", {})
-        chained = before is not None or _OVERRIDE in options
+        before = _replacement(options, target)
 
         def replacement(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Options
@@ -164,69 +146,62 @@ class UNet(NetworkAdapter):
                     *qkv, heads, attn_precision=precision, transformer_options=extra
                 )
 
-            own = Attention(attend, (q, k, v), {"heads": extra["n_heads"]}, chained=chained)
-            return self._edited(own, editor, target, axis, options)
+            heads, chained = {"heads": extra["n_heads"]}, _is_chained(options, target)
+            own = Attention(attend, (q, k, v), heads, chained=chained)
+            sizes = (own.queries, 1, 1) if in_time else (1, *extra["activations_shape"][-2:])
+            span = self._checked_span(own, target, editor, TokenGrid(*sizes))
+            return editor.run(own, target, span)
 
-        return {**options, "patches_replace": {**tables, "attn1": {**table, place: replacement}}}
+        tables = options.get("patches_replace", {})
+        table = {**tables.get("attn1", {}), _place(target): replacement}
+        return {**options, "patches_replace": {**tables, "attn1": table}}
 
-    def _edited(
-        self, own: Attention, editor: AttentionEditor, target: Target, axis: str, options: Options
-    ) -> torch.Tensor:
-        """Return the output of one attention over space or time, edited and measured."""
-        here = editor.acting(target, axis)
-        measured = [r for r in editor.measured if axis == "space" and target in r.targets]
-        if not here and not measured:
-            return own.run()
+    def _checked_span(
+        self, own: Attention, target: Target, editor: AttentionEditor, grid: TokenGrid
+    ) -> Span:
+        """Return where the tokens of a grid lie in one attention.
+
+        Raises:
+            ValueError: if its tokens are others.
+        """
+        here, measuring = editor.acting(target), editor.measuring(target)
         smooths = [one.perturbation.smooth for one in here]
-        grid = TokenGrid(1, 1, own.queries)
-        if axis == "time":
-            grid = TokenGrid(own.queries, 1, 1)
-        elif measured or any(smooths):
-            grid = TokenGrid(1, *_size(own.queries, options))
         # Smoothing needs the queries' grid alone: another node may add keys.
-        problem = _mismatch(own, grid, own_keys=bool(measured or None in smooths))
-        if problem:
-            label = here[0].perturbation.label if here else measured[0].label
-            raise GuidanceError(
-                f"{label}: block {self.describe([target])} has {problem}. A node such as HyperTile "
-                "or ToMe tiles or merges tokens there; leave it out, or choose other blocks."
+        own_keys = bool(measuring) or None in smooths
+        if not measuring and not any(smooths):
+            grid = TokenGrid(1, 1, own.queries)
+        if own.rows != own.key.shape[0] or (own_keys and own.queries != own.keys):
+            problem = (
+                f"{own.rows} x {own.queries} queries for {own.key.shape[0]} x {own.keys} keys, so "
+                "they are not the same tokens"
             )
-        span = Span(0, grid, grid.width)
-        if measured:
-            editor.measure(own, target, span)
-        return editor.run(own, target, span, here)
-
-
-def _other(options: Options, target: Target) -> tuple[tuple[Any, ...], Any]:
-    """Return where the host looks for a replacement of a block's attention, and another node's."""
-    block = options["block"][:2]
-    place = (*block, options.get("block_index", target.transformer))
-    table = options.get("patches_replace", {}).get("attn1", {})
-    return place, table.get(place, table.get(block))
-
-
-def _mismatch(own: Attention, grid: TokenGrid, *, own_keys: bool) -> str:
-    """Return how the tokens of an attention differ from its grid's or its keys'; empty if not."""
-    if own.rows != own.key.shape[0] or (own_keys and own.queries != own.keys):
-        return (
-            f"{own.rows} x {own.queries} queries for {own.key.shape[0]} x {own.keys} keys, so they "
-            "are not the same tokens"
+        elif own.queries != grid.tokens:
+            size = f"{grid.height}x{grid.width}"
+            problem = f"{own.queries} tokens, which is not its grid of {size} = {grid.tokens}"
+        else:
+            return Span(0, grid, grid.width)
+        label = here[0].perturbation.label if here else measuring[0].label
+        name = describe_targets([target], self.catalogue)
+        raise GuidanceError(
+            f"{label}: block {name} has {problem}. A node such as HyperTile or ToMe tiles or "
+            "merges tokens there; leave it out, or choose other blocks."
         )
-    if own.queries != grid.tokens:
-        size = f"{grid.height}x{grid.width}"
-        return f"{own.queries} tokens, which is not its grid of {size} = {grid.tokens}"
-    return ""
 
 
-def _size(tokens: int, options: Options) -> tuple[int, int]:
-    """Return rows and columns of the tokens of a layer, by the host's note or from the latent's."""
-    if "activations_shape" in options:
-        height, width = options["activations_shape"][-2:]
-        return height, width
-    height, width = options["original_shape"][-2:]
-    while height * width > tokens:
-        height, width = -(-height // 2), -(-width // 2)
-    return height, width
+def _place(target: Target) -> tuple[str, int, int]:
+    """Return where the host looks for a replacement of a layer's attention."""
+    return target.part, target.index, target.transformer
+
+
+def _replacement(options: Options, target: Target) -> Any:
+    """Return another node's replacement of a layer's attention, of it or of its block."""
+    table, place = options.get("patches_replace", {}).get("attn1", {}), _place(target)
+    return table.get(place, table.get(place[:2]))
+
+
+def _is_chained(options: Options, target: Target) -> bool:
+    """Tell whether another node's code computes a layer's attention."""
+    return OVERRIDE in options or _replacement(options, target) is not None
 
 
 def _attends(layer: Any) -> bool:

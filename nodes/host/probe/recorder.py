@@ -56,7 +56,7 @@ class AttentionProbe:
         name = self._perturbation.name([target])
         if name in self._measured:
             return
-        smoothed = self._perturbation.heads(target) or range(query.shape[0])
+        smoothed = self._perturbation.heads[target] or range(query.shape[0])
         heads = sorted({smoothed[len(smoothed) * n // 4] for n in (1, 3)})
         shared = query.shape[0] // key.shape[0]  # grouped queries have fewer heads of keys
         query, key = query[heads], key[[head // shared for head in heads]]

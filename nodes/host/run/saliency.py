@@ -16,7 +16,7 @@ from comfy.context_windows import ContextFuseMethods
 
 from ....seg_core import Target, degrade, spread_mass
 from ..batch.call import Call
-from ..networks.saliency import Mass, SaliencyRequest
+from ..networks.attention import Mass, SaliencyRequest
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import InputBlur
 from .run import Run

@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 
-from ....seg_core import BlurMatrices, TokenGrid, blur_queries, blur_slopes, mean_queries
+from ....seg_core import BlurMatrices, TokenGrid, blur_queries, blur_slopes
 
 Rearrange = Callable[[torch.Tensor, int, int, int], torch.Tensor]
 """Is given the tokens that enter a layer, `(sequences, tokens, dim)`, and the run's seed, the step
 and the layer; returns as many tokens, the same for the same numbers."""
 Auto = Literal["attention", "tokens", "swap", "skip"]
-"""For which kind of change a network is asked what `auto` means."""
+"""For which kind of change a network is asked what `auto` means; attention has heads to choose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +37,12 @@ class SmoothQueries:
     kernel: str
     axes: str = "space"
     strength: float = 1.0
-    takes_heads = True
     auto: Auto = "attention"
 
     @property
     def one_query(self) -> bool:
         """True if one query stands for all along the axes."""
         return math.isinf(self.sigma)
-
-    def mean(self, tokens: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
-        """Return the queries that stand for the others where the blur is infinite."""
-        return mean_queries(tokens, grid, axes=self.axes)
 
     def __call__(
         self, tokens: torch.Tensor, grid: TokenGrid, matrices: BlurMatrices
@@ -73,7 +68,6 @@ class ChangeOutput:
 
     mix: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     needs_map: bool
-    takes_heads: bool = True
     auto: Auto = "attention"
 
 
@@ -83,14 +77,12 @@ class ChangeTokens:
 
     rearrange: Rearrange
     auto: Auto = "tokens"
-    takes_heads = False
 
 
 @dataclass(frozen=True, eq=False)
 class SkipBlock:
     """A block is skipped: what enters it comes out."""
 
-    takes_heads = False
     auto: Auto = "skip"
 
 

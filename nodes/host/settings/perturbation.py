@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ....seg_core import Block, Target, describe_targets, draw_blocks
 from .changes import Change, SmoothQueries
@@ -11,12 +11,25 @@ from .changes import Change, SmoothQueries
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chosen self-attention layers, and all that the network has, to name them by."""
+    """Chosen self-attention layers, and all that the network has, to name them by.
 
-    catalogue: tuple[Block, ...]
-    targets: tuple[Target, ...]
-    heads: Mapping[Target, tuple[int, ...]] = field(default_factory=dict)
-    """The chosen heads of layers of which not all are."""
+    Attributes:
+        catalogue: all blocks of the network, in forward order.
+        heads: the chosen heads of each chosen layer, in forward order; None for all.
+    """
+
+    catalogue: Sequence[Block]
+    heads: Mapping[Target, tuple[int, ...] | None]
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Return the chosen layers, in forward order."""
+        return tuple(self.heads)
+
+    @property
+    def where(self) -> str:
+        """Return the chosen layers in the selector language."""
+        return self.name(self.targets)
 
     def name(self, targets: Iterable[Target]) -> str:
         """Return some of the network's layers in the selector language."""
@@ -24,35 +37,23 @@ class Selection:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockPerturbation:
+class BlockPerturbation(Selection):
     """A change in chosen blocks.
 
     Attributes:
         label: whose guidance this is, in messages.
-        selection: the blocks.
-        change: what happens to them.
+        change: what happens to the blocks.
         drawn: how many of the blocks are drawn in each evaluation of the model; 0 for all.
     """
 
     label: str
-    selection: Selection
     change: Change
     drawn: int = 0
 
     @property
-    def targets(self) -> tuple[Target, ...]:
-        """Return the layers that are changed, in forward order."""
-        return self.selection.targets
-
-    def heads(self, target: Target) -> tuple[int, ...] | None:
-        """Return the heads of a layer that are changed; None for all."""
-        return self.selection.heads.get(target)
-
-    @property
     def where(self) -> str:
         """Return what it acts on, for the log."""
-        names = self.name(self.targets)
-        return f"{self.drawn} random of {names}" if self.drawn else names
+        return f"{self.drawn} random of {super().where}" if self.drawn else super().where
 
     @property
     def smooth(self) -> SmoothQueries | None:
@@ -68,13 +69,9 @@ class BlockPerturbation:
         """
         if not self.drawn:
             return self
-        numbers = draw_blocks(len(self.targets), self.drawn, seed, step)
-        targets = tuple(self.targets[number] for number in numbers)
-        return replace(self, selection=replace(self.selection, targets=targets), drawn=0)
-
-    def name(self, targets: Iterable[Target]) -> str:
-        """Return some of its blocks in the selector language."""
-        return self.selection.name(targets)
+        pool = list(self.heads.items())
+        numbers = draw_blocks(len(pool), self.drawn, seed, step)
+        return replace(self, heads=dict(pool[number] for number in numbers), drawn=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +100,7 @@ class InputBlur:
         """Return what it acts on, for the log."""
         if self.source is None:
             return "everywhere"
-        return f"where {self.source.name(self.source.targets)} attends"
+        return f"where {self.source.where} attends"
 
 
 Perturbation = BlockPerturbation | InputBlur

@@ -1,6 +1,6 @@
 """Diffusion transformers: which blocks there are, and where the image's tokens lie.
 
-What differs from family to family stands in the table; how attention is changed, beside it.
+What differs from family to family stands in the table.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .....seg_core import Block, Target, TokenGrid
 from ...batch.call import Call
-from ...batch.widening import own_options
+from ...batch.widening import Options, own_options
 from ...settings.changes import Auto
 from ...settings.errors import HOW_TO_REPORT, GuidanceError
-from ..adapter import NetworkAdapter, Options
-from ..attention import Attention, Span
+from ..adapter import NetworkAdapter
+from ..attention import OVERRIDE, Attention, Span
 from ..blocks import Carried
 from ..editing import AttentionEditor
 from .families import Family, auto_range
 from .grids import references
 from .recognition import family_of, modules_at
 
-_OVERRIDE = "optimized_attention_override"
 _REFERENCES = "reference_image_num_tokens"
 _HEADS = ("num_heads", "n_heads", "heads", "n_local_heads", "num_attention_heads")
 
@@ -39,6 +39,7 @@ class DiT(NetworkAdapter):
         self.family = family
         self.kind = family.name
         self.axes = family.axes
+        self._patch = family.patch(network)
         self.one_picture = "" if video else f"{family.name} makes single pictures"
         parts = {part: modules_at(network, path) for part, path in family.parts.items()}
         self.catalogue = [Block(part, n) for part, some in parts.items() for n in range(len(some))]
@@ -81,7 +82,7 @@ class DiT(NetworkAdapter):
         """Return a middle range of the depth, or the blocks that are usually skipped."""
         depth = len(self.catalogue)
         usual = self.family.skip(self.network) if purpose == "skip" else ()
-        numbers = usual if usual and max(usual) < depth else auto_range(self.family, depth)
+        numbers = usual if usual and max(usual) < depth else auto_range(depth)
         return [Target(self.catalogue[n].part, self.catalogue[n].index) for n in numbers]
 
     def heads(self, target: Target) -> int | None:
@@ -116,32 +117,27 @@ class DiT(NetworkAdapter):
         start = beside if family.anchor == "start" else others - references_behind
         if not 0 <= start <= queries - length:
             return None
-        self._require_explained(others, family.others(self.network, call))
-        return Span(start, grid, row, keys - queries if family.cached_keys else 0)
-
-    def _require_explained(self, others: int, expected: int | None) -> None:
-        """Refuse a sequence with tokens of which the family's row does not know what they are."""
-        if expected is None or others == expected:
-            return
-        network = type(self.network)
-        raise GuidanceError(
-            f"{self.kind}: {network.__name__} ({network.__module__}) has {others} tokens beside "
-            f"those of the image, and {expected} were expected, so it is not known which are the "
-            "image's. Leave out what brings them: reference images, or another node. If it is "
-            f"ComfyUI's own, {HOW_TO_REPORT}."
-        )
+        expected = family.others(self.network, call)
+        if expected is not None and others != expected:
+            network = type(self.network)
+            raise GuidanceError(
+                f"{self.kind}: {network.__name__} ({network.__module__}) has {others} tokens "
+                f"beside those of the image, and {expected} were expected, so it is not known "
+                "which are the image's. Leave out what brings them: reference images, or another "
+                f"node. If it is ComfyUI's own, {HOW_TO_REPORT}."
+            )
+        return Span(start, grid, row, keys - queries if family.cached_keys else 0, self._patch)
 
     def _grid(self, call: Call) -> TokenGrid:
         """Return the token grid of a call."""
-        return self.family.grid(call, self.family.patch(self.network))
+        return self.family.grid(call, self._patch)
 
     def _references(self, call: Call, options: Options) -> int:
         """Return the number of tokens of reference images at the end."""
         if _REFERENCES in options:
             return sum(options[_REFERENCES])
         # Older versions of the host do not count them.
-        patch = self.family.patch(self.network)
-        return references(call, patch) if self.family.references else 0
+        return references(call, self._patch) if self.family.references else 0
 
     def obstacle(self, call: Call) -> str:
         """Return why a call cannot take more rows; empty if it can."""
@@ -152,36 +148,30 @@ class DiT(NetworkAdapter):
         targets = editor.targets
 
         def own(number: int, options: Options) -> Options:
-            override = _override(self, call, options, editor, targets[number])
-            return {**options, _OVERRIDE: override}
+            override = self._override(call, options, editor, targets[number])
+            return {**options, OVERRIDE: override}
 
         return own_options([self.module(target) for target in targets], call.options, own)
 
+    def _override(
+        self, call: Call, options: Options, editor: AttentionEditor, target: Target
+    ) -> Callable[..., torch.Tensor]:
+        """Return the attention override of one run of a block, around another node's if any.
 
-def _override(
-    network: DiT, call: Call, options: Options, editor: AttentionEditor, target: Target
-) -> Callable[..., torch.Tensor]:
-    """Return the attention override of one run of a block, around another node's if there is one.
+        A block may attend more than once. In some families only its first attention is the image's
+        self-attention; saliency is measured in the first, in which all tokens are.
+        """
+        before = options.get(OVERRIDE)
+        editors = itertools.chain([editor], itertools.repeat(replace(editor, measured=())))
 
-    A block may attend more than once. In some families only its first attention is the image's
-    self-attention; saliency is measured in the first, in which all tokens are.
-    """
-    before = options.get(_OVERRIDE)
-    calls = itertools.count()
+        def override(func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+            attend = func if before is None else functools.partial(before, func)
+            attention = Attention(attend, args, kwargs, chained=before is not None)
+            here = next(editors)
+            if self.family.first_only and here is not editor:
+                return attention.run()
+            seen = kwargs.get("transformer_options") or {}
+            span = self.span(call, attention.queries, attention.keys, seen)
+            return attention.run() if span is None else here.run(attention, target, span)
 
-    def override(func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        attend = func if before is None else functools.partial(before, func)
-        attention = Attention(attend, args, kwargs, chained=before is not None)
-        is_first = next(calls) == 0
-        if network.family.first_only and not is_first:
-            return attention.run()
-        seen = kwargs.get("transformer_options") or {}
-        span = network.span(call, attention.queries, attention.keys, seen)
-        if span is None:
-            return attention.run()
-        if is_first:
-            editor.measure(attention, target, span, network.family.patch(network.network))
-        here = editor.acting(target)
-        return editor.run(attention, target, span, here) if here else attention.run()
-
-    return override
+        return override

@@ -62,7 +62,6 @@ class Family:
         axes: where rows are not the first axis of what goes into a block or comes out of it.
         shared: attributes of the network that no perturbation reaches, and take rows alone.
         obstacle: why a call cannot take more rows; empty if it can.
-        auto: tenths of the depth between which `auto` chooses, all parts as one list.
         unsupported: why nothing can be perturbed; empty if something can.
     """
 
@@ -85,14 +84,12 @@ class Family:
     axes: Axes = field(default_factory=dict)
     shared: tuple[str, ...] = ()
     obstacle: Callable[[Call], str] = lambda _call: ""
-    auto: tuple[int, int] = (3, 4)
     unsupported: str = ""
 
 
-def auto_range(family: Family, depth: int) -> range:
-    """Return the blocks that `auto` means, counted over all parts of a network of this depth."""
-    first, last = (tenths * depth // 10 for tenths in family.auto)
-    return range(first, min(last, depth - 1) + 1)
+def auto_range(depth: int) -> range:
+    """Return the blocks that `auto` means in a network of this depth, counted over all parts."""
+    return range(3 * depth // 10, 4 * depth // 10 + 1)
 
 
 _TWO = {"double": "double_blocks", "single": "single_blocks"}
