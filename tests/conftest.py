@@ -63,14 +63,9 @@ class _NeedsComfyUI(pytest.File):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector):
     """Without a ComfyUI, show the files that need one as skipped instead of importing them."""
-    if not os.environ.get("COMFYUI_PATH") and _needs_comfyui(module_path):
+    if not os.environ.get("COMFYUI_PATH") and module_path.parent.name in NEEDS_COMFYUI:
         return _NeedsComfyUI.from_parent(parent, path=module_path)
     return None
-
-
-def _needs_comfyui(path: Path) -> bool:
-    is_test = path.name.startswith("test_") and path.suffix == ".py"
-    return is_test and path.parent.name in NEEDS_COMFYUI
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,10 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark every test by the folder it lies in, and leave out the long ones unless asked for."""
-    for item in items:
-        if item.path.parent.name in NEEDS_COMFYUI:
-            item.add_marker(item.path.parent.name)
+    """Leave out the long tests unless they are asked for."""
     if config.getoption("--all"):
         return
     long = [item for item in items if item.get_closest_marker("long")]

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-
-@dataclass(frozen=True)
-class ComfyHost:
-    """The ComfyUI that runs in this process."""
-
-    tree: Path
-    version: tuple[int, ...]
 
 
 def _start(tree: Path) -> None:
@@ -44,13 +35,27 @@ def _start(tree: Path) -> None:
         raise RuntimeError(f"`nodes` is {nodes.__file__}, not ComfyUI's")
 
 
+def _let_rotary_embeddings_take_float64() -> None:
+    """Widen what newer versions say of their plain implementation, which could."""
+    try:
+        from comfy_kitchen.registry import registry
+    except ImportError:
+        return
+    for (backend, _), constraints in registry._constraints.items():
+        for param in constraints.params.values():
+            if backend == "eager" and param.dtypes and torch.float32 in param.dtypes:
+                object.__setattr__(param, "dtypes", param.dtypes | {torch.float64})
+
+
 if os.environ.get("COMFYUI_PATH"):
     _start(Path(os.environ["COMFYUI_PATH"]).resolve())
+    _let_rotary_embeddings_take_float64()
 
 
-@pytest.fixture(scope="session")
-def comfy_host() -> ComfyHost:
-    """Which ComfyUI the tests run on; compare `version` with a tuple such as (0, 30)."""
-    version = importlib.import_module("comfyui_version").__version__
-    numbers = tuple(int(part) for part in version.split("."))
-    return ComfyHost(Path(os.environ["COMFYUI_PATH"]).resolve(), numbers)
+@pytest.fixture
+def calm_previews(monkeypatch):
+    """Previews are files; the tests want none."""
+    from comfy_api.latest import ui
+
+    preview = lambda image, cls: SimpleNamespace(as_dict=lambda: {"images": [image]})  # noqa: E731
+    monkeypatch.setattr(ui, "PreviewImage", preview)

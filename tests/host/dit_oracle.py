@@ -12,9 +12,9 @@ import math
 import operator
 
 import torch
-from dit_models import KINDS, TINY, latent_shape, sample_dit, tiny_dit
-from host_models import noise_like
-from host_oracle import changed_attention, guided_by_hand, heads_apart
+from dit_models import KINDS, TINY, sampled, tiny_dit
+from host_models import CONFIGS, noise_like, shared_model
+from host_oracle import by_head, changed_attention, guided_by_hand
 
 OVERRIDE = "optimized_attention_override"
 # What networks call their lists of blocks, in forward order; each has one of them or two.
@@ -35,19 +35,14 @@ KEYS_TOO = {"hidream_o1"}  # hand keys on from block to block, besides tokens
 # The image's place is fixed from the end of the sequence, whatever stands before.
 FROM_END = {*TINY} - FIRST - {"lens", "joyimage", "hidream", "hidream_o1", "mochi"}
 CORE = [kind for kind in KINDS if kind in ("flux", "sd3", "qwen", "lumina2", "wan")]
-CELLS = (3, 4)
 
 
 @functools.cache
-def exact_dit(kind):
-    """Return a tiny model in the highest precision that its network takes; clone it."""
+def exact_model(kind):
+    """Return a tiny UNet or transformer in the highest precision that it takes; clone it."""
+    if kind in CONFIGS:
+        return shared_model(kind)
     return tiny_dit(kind, dtype=torch.float32 if kind in ONLY_FLOAT32 else torch.float64)
-
-
-def sampled(model, kind, shape=None, **options):
-    """Sample from a tiny model in its precision, a small latent if no shape is given."""
-    with float64_rotary():
-        return sample_dit(model, kind, shape or shape_of(kind, CELLS), **options)
 
 
 def block_lists(model):
@@ -92,36 +87,11 @@ def entered(model):
     def leave(*_):
         state.update(block=None, call=-1)
 
-    handles = []
-    for number, block in enumerate(block_modules(model)):
-        handles.append(block.register_forward_pre_hook(enter(number)))
-        handles.append(block.register_forward_hook(leave))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for number, block in enumerate(block_modules(model)):
+            hooks.enter_context(block.register_forward_pre_hook(enter(number)))
+            hooks.enter_context(block.register_forward_hook(leave))
         yield state
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def float64_rotary():
-    """Let the plain implementation of rotary embeddings, which could, take float64."""
-    try:
-        from comfy_kitchen.registry import registry
-    except ImportError:
-        yield
-        return
-    changed = {}
-    for (backend, _), constraints in registry._constraints.items():
-        for param in constraints.params.values():
-            if backend == "eager" and param.dtypes and torch.float32 in param.dtypes:
-                changed[id(param)] = (param, param.dtypes)
-                object.__setattr__(param, "dtypes", param.dtypes | {torch.float64})
-    try:
-        yield
-    finally:
-        for param, dtypes in changed.values():
-            object.__setattr__(param, "dtypes", dtypes)
 
 
 def without_refiners(model):
@@ -132,11 +102,6 @@ def without_refiners(model):
             out = layer.attention.out if hasattr(layer, "attention") else layer.attn.to_out[0]
             out.weight.data.zero_()
     return model
-
-
-def shape_of(kind, size, *, frames=2, batch=1):
-    """Return a latent's shape with two frames where the family has frames."""
-    return latent_shape(kind, size, frames=frames if TINY[kind].frames else 1, batch=batch)
 
 
 def grid_size(kind, shape):
@@ -182,17 +147,14 @@ def found_rows(model, kind, shape, cond=None):
 
         def look(func, query, *args, **kwargs):
             if state["block"] == 0 and not found:
-                found.append(query.transpose(1, 2).flatten(2) if _split(kwargs) else query.clone())
+                split = kwargs.get("skip_reshape")
+                found.append(query.transpose(1, 2).flatten(2) if split else query.clone())
             return func(query, *args, **kwargs)
 
         model.model_options["transformer_options"][OVERRIDE] = look
-        sample_dit(model, kind, noise.shape, steps=1, cfg=1.0, noise=noise, cond=cond)
+        sampled(model, kind, noise.shape, steps=1, cfg=1.0, noise=noise, cond=cond)
     (queries,) = found
     return image_rows(queries), queries.shape[1]
-
-
-def _split(kwargs):
-    return kwargs.get("skip_reshape", False)
 
 
 def dense_guidance(model, kind, rows, length, blocks, *, scale=1.0, side="cond", **change):
@@ -218,8 +180,7 @@ def dense_guidance(model, kind, rows, length, blocks, *, scale=1.0, side="cond",
                 if state["block"] not in blocks or (kind in FIRST and state["call"] > 0):
                     return func(query, key, value, heads, *args, **kwargs)
                 mask = kwargs.get("mask", args[0] if args else None)
-                if not _split(kwargs):
-                    query, key, value = (heads_apart(t, heads) for t in (query, key, value))
+                query, key, value = by_head((query, key, value), heads, kwargs)
                 shift = query.shape[2] - length if kind in FROM_END else 0
                 out = changed_attention(
                     query, key, value, torch.tensor(rows) + shift, mask=mask, **change

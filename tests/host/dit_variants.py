@@ -56,61 +56,16 @@ NO_NOISE = {"default_ref_method": "index_timestep_zero"}
 
 def text_ids(shape, seed):
     """Return a prompt of HiDream-O1, whose first three tokens stand before reference images."""
-    del shape
     words = [100 * seed + n for n in range(6)]
     return torch.tensor([[*words, IMAGE_COMES]])
 
 
-def picture(shape):
-    """Return a picture as HiDream-O1 takes it, of another shape than the one that is made."""
-    del shape
-    return [noise_like((1, 64, 96, 3), 55).sigmoid()]
-
-
-def low_quality(shape):
-    """Return the latent that PiD decodes, of half the cells of its tokens."""
-    return noise_like((1, 4, -(-shape[-2] // 32), -(-shape[-1] // 32)), 56)
-
-
-def first_frame(shape):
-    """Return a reference of HuMo and S2V, which keeps its frames."""
-    return [noise_like((1, shape[1], 1, *shape[-2:]), 53)]
-
-
-def speech(shape):
-    """Return what HuMo hears: windows of features for each frame."""
-    return noise_like((1, shape[2], 8, 5, 16), 57)
-
-
-def voice(shape):
-    """Return what S2V hears: features of several layers, four times for each frame."""
-    return noise_like((1, 25, 16, 4 * shape[2]), 58)
-
-
-def motion(shape):
-    """Return the past frames of S2V, which it packs into fewer tokens."""
-    return noise_like((1, shape[1], 3, 8, 8), 59)
-
-
-def music(shape):
-    """Return what WanDancer hears; it takes grids of a multiple of eight tokens."""
-    del shape
-    return noise_like((1, 40, 35), 60)
-
-
-def pose(shape):
-    """Return the poses that Animate follows from the second frame on."""
-    return noise_like((1, shape[1], max(shape[2] - 1, 1), *shape[-2:]), 61)
-
-
-def pose_of_scail(shape):
-    """Return the poses of all frames for SCAIL, which stand behind the video."""
-    return noise_like((1, *shape[1:]), 71)
-
-
-def face(shape):
-    """Return the video of a face for Animate; four pictures for each latent frame but the first."""
-    return noise_like((1, 3, 4 * max(shape[2] - 1, 1), 8, 8), 62)
+def references(shape):
+    """Return two reference images, neither of them of the image's size."""
+    cells = [n * 2 for n in shape[-2:]]
+    frame = (1,) * (len(shape) - 4)
+    sizes = [(cells[0], shape[-1]), (shape[-2], cells[1])]
+    return [noise_like((1, shape[1], *frame, *s), 50 + n) for n, s in enumerate(sizes)]
 
 
 def identities(shape, references=0):
@@ -118,23 +73,51 @@ def identities(shape, references=0):
     return noise_like((1, references + shape[2], 28, *shape[-2:]), 70).sigmoid()
 
 
-def streams(shape):
-    """Return a picture and a clip in context, as Bernini takes them."""
-    return [noise_like((1, shape[1], 1, 8, 4), 63), noise_like((1, *shape[1:]), 64)]
-
-
-def captions(shape):
-    """Return one prompt for each reference image of Z-Image Omni."""
-    del shape
-    return [noise_like((1, 5, 24), 65), noise_like((1, 6, 24), 66)]
-
-
 def seen(shape):
     """Return what a vision model sees of each reference image of Z-Image Omni: 2x3 patches."""
-    del shape
     states = [noise_like((1, 6, 12), seed) for seed in (68, 69)]
     return [SimpleNamespace(image_sizes=[(3, 32, 48)], last_hidden_state=one) for one in states]
 
+
+# What else conditionings hold: functions of the latent's shape.
+
+REFS = {"reference_latents": references}
+FRAME = {"reference_latents": lambda shape: [noise_like((1, shape[1], 1, *shape[-2:]), 53)]}
+OMNI_REFS = REFS | {
+    "reference_latents_text_embeds": lambda _: [noise_like((1, n, 24), 60 + n) for n in (5, 6)],
+    "clip_vision_outputs": seen,
+}
+HUNYUAN_REF = {"ref_latent": lambda shape: noise_like((1, shape[1], 1, *shape[-2:]), 53)}
+ALL_TOKENS = {"attention_mask": lambda _: torch.ones(1, 7, dtype=torch.long)}
+LLAMA = {"conditioning_llama3": lambda _: noise_like((1, 3, 7, 24), 41)}
+BESIDE = {"concat_latent_image": lambda shape: noise_like((1, *shape[1:]), 54)}
+PIXELS_REF = {"reference_latents": lambda _: [noise_like((1, 64, 96, 3), 55).sigmoid()]}
+LOW_QUALITY = {  # half the cells of its tokens
+    "lq_latent": lambda shape: noise_like((1, 4, *(-(-n // 32) for n in shape[-2:])), 56),
+    "degrade_sigma": torch.tensor([0.3]),
+}
+SCAIL_2 = {  # poses stand behind the video
+    "pose_video_latent": lambda shape: noise_like((1, *shape[1:]), 71),
+    "driving_mask_28ch": identities,
+}
+SCAIL_2_REFS = FRAME | {"ref_mask_28ch": lambda shape: identities(shape, 1)}
+# Windows of features for each frame.
+HUMO = {"audio_embed": lambda shape: noise_like((1, shape[2], 8, 5, 16), 57)}
+# Features of several layers, four times for each frame; past frames are packed into fewer tokens.
+S2V = {"audio_embed": lambda shape: noise_like((1, 25, 16, 4 * shape[2]), 58)}
+S2V_REFS = FRAME | {"reference_motion": lambda shape: noise_like((1, shape[1], 3, 8, 8), 59)}
+MUSIC = {"audio_embed": lambda _: noise_like((1, 40, 35), 60)}
+ANIMATE = {  # from the second frame on; four pictures of the face for each
+    "pose_video_latent": lambda shape: noise_like(
+        (1, shape[1], max(shape[2] - 1, 1), *shape[-2:]), 61
+    ),
+    "face_video_pixels": lambda shape: noise_like((1, 3, 4 * max(shape[2] - 1, 1), 8, 8), 62),
+}
+STREAMS = {  # a picture and a clip
+    "context_latents": lambda shape: [
+        noise_like((1, shape[1], 1, 8, 4), 63), noise_like((1, *shape[1:]), 64),
+    ],
+}  # fmt: skip
 
 BEHIND = 12
 """Tokens of the two reference frames that stand behind the image of Ming-Image."""
@@ -203,8 +186,3 @@ def sharpen(network):
     for name, table in network.named_buffers():
         if name == "pos_embed":  # not initialised by the host
             table.copy_(noise_like(table.shape, 3))
-
-
-def all_tokens(shape):
-    del shape
-    return torch.ones(1, 7, dtype=torch.long)

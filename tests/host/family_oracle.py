@@ -7,12 +7,13 @@ by the shapes of tensors.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import itertools
 
 import comfy.samplers
 import torch
-from host_models import PACK
+from host_models import part
 from host_oracle import attention_logits, masked
+from stand_ins import patched
 from unit.oracles import blur_matrix
 
 NODES = {
@@ -28,7 +29,7 @@ NODES = {
 def guide(method, model, scale=1.0, start=0.0, end=1.0, **widgets):
     """Return a model that is guided by one of the pack's nodes."""
     module, name = NODES[method]
-    node = getattr(importlib.import_module(f"{PACK}.nodes.{module}"), name)
+    node = getattr(part(module), name)
     if method == "SEG":
         widgets = {"infinite_blur": True, "blur_sigma": 10.0} | widgets
     if method == "SAG":
@@ -62,15 +63,11 @@ def skipped(modules):
 
         return through(out)
 
-    handles = []
-    for module in modules:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -98,15 +95,10 @@ def entered_by(modules, changes):
 
         return before
 
-    handles = [
-        module.register_forward_pre_hook(hook(change), with_kwargs=True)
-        for module, change in zip(modules, changes, strict=True)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module, change in zip(modules, changes, strict=True):
+            hooks.enter_context(module.register_forward_pre_hook(hook(change), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def permutation_matrix(order, rows, length):
@@ -152,14 +144,10 @@ def transformer_blocks(model, *places):
     network = model.model.diffusion_model
     parts = {"d": network.input_blocks, "m": [network.middle_block], "u": network.output_blocks}
     found = []
-    for part, index, layer in places:
-        spatial = [
-            one
-            for block in parts[part]
-            for one in block
-            if type(one).__name__.startswith("Spatial") and hasattr(one, "transformer_blocks")
-        ]
-        found.append(spatial[index].transformer_blocks[layer])
+    for name, index, number in places:
+        layers = itertools.chain.from_iterable(parts[name])
+        spatial = [layer for layer in layers if hasattr(layer, "transformer_blocks")]
+        found.append(spatial[index].transformer_blocks[number])
     return found
 
 
@@ -192,7 +180,8 @@ def blurred_where_attended(model, attention, scale, sigma):
         sigma: blur width in latent cells.
     """
 
-    def guide(args):
+    @patched("sampler_post_cfg_function")
+    def guided(args):
         x0, x = args["cond_denoised"].double(), args["input"].double()
         mask = (attention() > 1.0).double().expand_as(x0)
         assert 0 < mask.mean() < 1
@@ -203,6 +192,4 @@ def blurred_where_attended(model, attention, scale, sigma):
         )  # fmt: skip
         return (x0 + scale * (degraded - again)).to(args["denoised"])
 
-    guided = model.clone()
-    guided.set_model_sampler_post_cfg_function(guide)
-    return guided
+    return guided(model)

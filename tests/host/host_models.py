@@ -7,7 +7,6 @@ import copy
 import functools
 import gc
 import importlib
-import inspect
 import math
 
 import comfy.cldm.cldm
@@ -93,7 +92,11 @@ def bare_model(kind, *, model_type=None, seed=0, dtype=torch.float32, **changes)
     if model_type is not None:
         model.model_type = model_type
         model.model_sampling = comfy.model_base.model_sampling(config, model_type)
-    model.to(dtype)
+    return patcher_of(model.to(dtype))
+
+
+def patcher_of(model):
+    """Return a `ModelPatcher` around a model, as loaders make one."""
     return comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -134,9 +137,14 @@ def noise_like(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def part(name):
+    """Return a module of the pack's nodes."""
+    return importlib.import_module(f"{PACK}.nodes.{name}")
+
+
 def seg(model, scale=3.0, sigma=math.inf, start=0.0, end=1.0, **advanced):
     """Return a model with the SEGuidance node applied, called as ComfyUI calls it."""
-    node = importlib.import_module(PACK + ".nodes.seg").SEGuidance
+    node = part("seg").SEGuidance
     infinite = math.isinf(sigma)
     width = 10.0 if infinite else sigma
     return node.execute(model, scale, infinite, width, start, end, **advanced)[0]
@@ -177,17 +185,14 @@ def counted_calls(model):
     """Count calls of the network's forward, with the batch size of each."""
     network = model.model.diffusion_model
     batches = []
-    handle = network.register_forward_pre_hook(lambda _module, args: batches.append(len(args[0])))
-    try:
+    with network.register_forward_pre_hook(lambda _module, args: batches.append(len(args[0]))):
         yield batches
-    finally:
-        handle.remove()
 
 
 @functools.cache
-def shared_model(kind="sdxl", dtype=torch.float64):
+def shared_model(kind="sdxl", dtype=torch.float64, **options):
     """Return a tiny model that tests share; clone it, never change it."""
-    return tiny_model(kind, dtype=dtype)
+    return tiny_model(kind, dtype=dtype, **options)
 
 
 def core_node(module, name, *args, **kwargs):
@@ -196,16 +201,6 @@ def core_node(module, name, *args, **kwargs):
     if hasattr(node, "execute"):
         return node.execute(*args, **kwargs)[0]
     return getattr(node(), node.FUNCTION)(*args, **kwargs)[0]
-
-
-def context_windows(model, fuse="pyramid"):
-    """Return a model under the host's node that cuts a clip in windows of four, two shared."""
-    node = importlib.import_module("comfy_extras.nodes_context_windows").ContextWindowsManualNode
-    # Newer versions add a frame to each window, which SVD's frame count does not know of.
-    known = inspect.signature(node.execute).parameters
-    extra = {"causal_window_fix": False} if "causal_window_fix" in known else {}
-    settings = (4, 2, "standard_static", 1, False, fuse, 0, False)
-    return node.execute(model, *settings, **extra)[0]
 
 
 def tiny_controlnet(kind="sdxl", *, seed=50, dtype=torch.float64):

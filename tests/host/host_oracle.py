@@ -38,6 +38,11 @@ def heads_apart(tensor, heads):
     return tensor.reshape(*tensor.shape[:2], heads, -1).transpose(1, 2)
 
 
+def by_head(tensors, heads, kwargs):
+    """Return what an attention function is given in this order, whichever way it comes."""
+    return tensors if kwargs.get("skip_reshape") else [heads_apart(t, heads) for t in tensors]
+
+
 def attention_logits(query, key):
     """Return the whole map of logits; fewer heads of keys serve several heads of queries."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

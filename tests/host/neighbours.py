@@ -106,7 +106,6 @@ class ActsThroughOptions(comfy.controlnet.ControlBase):
     """A ControlNet that gives nothing, and patches the network through the options instead."""
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        del x_noisy, t, cond, batched_number
         patches = dict(transformer_options.get("patches", {}))
         patches["attn2_patch"] = [lambda q, k, v, extra: (1.3 * q, k, v)]
         transformer_options["patches"] = patches

@@ -7,10 +7,8 @@ import importlib
 import re
 from unittest import mock
 
-from dit_models import sample_dit
-from dit_oracle import shape_of
+from dit_models import sampled
 from family_oracle import guide
-from host_models import sample
 
 NOTHING = 1e-6
 """The largest rounding of a float64 network in float32 latents, in standard deviations."""
@@ -43,20 +41,20 @@ def refused_or_latents(run, model):
 
 
 @contextlib.contextmanager
-def network_runs(family="unet"):
+def network_runs(kind="sdxl"):
     """Count true runs of a network, with the rows of each, without touching the network.
 
     Args:
-        family: `unet`, or `flux` without embedded guidance: each embeds the noise levels of all
-            its rows once in a run.
+        kind: `sdxl`, or `flux` without embedded guidance: each embeds the noise levels of all its
+            rows once in a run.
     """
     rows = []
-    name = {"unet": "modules.diffusionmodules.openaimodel", "flux": "flux.model"}[family]
+    name = {"sdxl": "modules.diffusionmodules.openaimodel", "flux": "flux.model"}[kind]
     host = importlib.import_module(f"comfy.ldm.{name}")
     original = host.timestep_embedding
 
     def counted(timesteps, *args, **kwargs):
-        if family == "flux" or "repeat_only" in kwargs:  # a UNet's sizes are embedded without
+        if kind == "flux" or "repeat_only" in kwargs:  # a UNet's sizes are embedded without
             rows.append(len(timesteps))
         return original(timesteps, *args, **kwargs)
 
@@ -64,14 +62,10 @@ def network_runs(family="unet"):
         yield rows
 
 
-def run(model, cfg=7.0, steps=STEPS, kind="unet", **settings):
-    """Return the latents of a UNet or a Flux, and the rows of each run of the network."""
+def run(model, cfg=7.0, steps=STEPS, kind="sdxl", **settings):
+    """Return the latents of an SDXL or a Flux, and the rows of each run of the network."""
     with network_runs(kind) as rows:
-        if kind == "unet":
-            latents = sample(model, cfg=cfg, steps=steps, size=(6, 8), **settings)
-        else:
-            shape = shape_of(kind, (3, 4))
-            latents = sample_dit(model, kind, shape, cfg=cfg, steps=steps, **settings)
+        latents = sampled(model, kind, cfg=cfg, steps=steps, **settings)
     return latents, rows
 
 

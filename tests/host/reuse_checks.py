@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import logging
 from collections import Counter
@@ -14,14 +13,7 @@ from unittest import mock
 import comfy.controlnet
 import comfy.model_management
 import torch
-from host_models import (
-    PACK,
-    randomise,
-    sample,
-    seg,
-    shared_model,
-    tiny_controlnet,
-)
+from host_models import PACK, part, randomise, sample, seg, shared_model, tiny_controlnet
 from host_oracle import deviation, deviation_of_node
 
 # What rounding of float32 may make of three steps at cfg 7, in units of the result's std.
@@ -60,7 +52,7 @@ class Outcome:
 def reported():
     """Count what the runs inside do. Only here do tests know how the engine reports."""
     counts = Outcome()
-    report_class = importlib.import_module(f"{PACK}.nodes.host.run.report").Report
+    report_class = part("host.run.report").Report
     original = report_class.finish
 
     def finish(self, states):
@@ -77,8 +69,12 @@ def reported():
 @contextlib.contextmanager
 def evaluated_rows(patcher):
     """Count the rows that the blocks of a network see: name of part and index -> rows."""
-    rows = Counter()
-    network = patcher.model.diffusion_model
+    rows, network = Counter(), patcher.model.diffusion_model
+    parts = {
+        "input": network.input_blocks,
+        "middle": [network.middle_block],
+        "output": network.output_blocks,
+    }
 
     def counting(name, forward):
         @functools.wraps(forward)
@@ -89,11 +85,9 @@ def evaluated_rows(patcher):
         return counted
 
     with contextlib.ExitStack() as stack:
-        for name in ("input_blocks", "middle_block", "output_blocks"):
-            blocks = getattr(network, name)
-            for index, (layer, *_) in enumerate([blocks] if name == "middle_block" else blocks):
-                key = (name.removesuffix("_blocks").removesuffix("_block"), index)
-                counted = counting(key, layer.forward)
+        for name, blocks in parts.items():
+            for index, (layer, *_) in enumerate(blocks):
+                counted = counting((name, index), layer.forward)
                 stack.enter_context(mock.patch.object(layer, "forward", counted))
         yield rows
 

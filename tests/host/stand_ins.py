@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from unittest import mock
 
 import comfy.patcher_extension
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from host_models import core_node
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
@@ -26,6 +28,17 @@ def patched(kind, *place):
     return stand_in
 
 
+def noted(model, seen):
+    """Return a clone that notes what the post-CFG functions of each step are shown there."""
+
+    @patched("sampler_post_cfg_function")
+    def look(args):
+        seen.append(args)
+        return args["denoised"]
+
+    return look(model)
+
+
 def wrapped(kind, *, outside=False):
     """Put the function on a clone as a wrapper of the host, inside or outside of those it has."""
 
@@ -42,6 +55,18 @@ def wrapped(kind, *, outside=False):
         return around
 
     return stand_in
+
+
+def attention_override(override):
+    """Put the function on a clone as the override of the host's attention."""
+
+    @functools.wraps(override)
+    def around(model):
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = override
+        return model
+
+    return around
 
 
 def exchanged(name):
@@ -69,3 +94,14 @@ def exchanged(name):
 def shipped(module, name, *widgets, **named):
     """Return what applies a node that ComfyUI ships."""
     return lambda model: core_node(f"comfy_extras.nodes_{module}", name, model, *widgets, **named)
+
+
+def context_windows(
+    model, fuse="pyramid", *, length=4, overlap=2, schedule="standard_static", axis=0
+):
+    """Return a model under the host's node that cuts a clip in windows of frames."""
+    # Newer versions add a frame to each window, which SVD's frame count does not know of.
+    known = inspect.signature(ContextWindowsManualNode.execute).parameters
+    extra = {"causal_window_fix": False} if "causal_window_fix" in known else {}
+    settings = (length, overlap, schedule, 1, False, fuse, axis, False)
+    return ContextWindowsManualNode.execute(model, *settings, **extra)[0]

@@ -5,36 +5,37 @@ from __future__ import annotations
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from dit_models import latent_shape, prompt
+from dit_models import prompt, shape_of
 from host_models import conditioning, noise_like
 from stand_ins import patched
 
 LATENT = (1, 4, 6, 8)
 
 
-def sampled_by(guider_class, model, *, cfg=4.0, steps=3, kind="unet"):
+def sampled_by(guider_class, model, *, cfg=4.0, steps=3, kind="sdxl", sampler=None):
     """Sample by a guider, as `SamplerCustomAdvanced` does, and return the latents.
 
     Args:
         guider_class: of the guider, which has two prompts.
-        model: a tiny UNet, or another tiny model of the given kind.
+        model: a tiny model.
         cfg: of the guider.
         steps: how many.
-        kind: `unet`, or a key of `TINY`.
+        kind: of the model: `sdxl`, or a key of `TINY`.
+        sampler: Euler's if None.
     """
-    shape = LATENT if kind == "unet" else latent_shape(kind, (3, 4))
+    shape = LATENT if kind == "sdxl" else shape_of(kind)
     guider = guider_class(model)
     guider.set_conds(*(_prompt(kind, shape, seed) for seed in (1, 2)))
     guider.set_cfg(cfg)
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)
-    sampler = comfy.samplers.sampler_object("euler")
+    sampler = sampler or comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
         return guider.sample(noise_like(shape), torch.zeros(shape), sampler, sigmas)
 
 
 def _prompt(kind, shape, seed):
-    return conditioning(seed) if kind == "unet" else prompt(kind, shape, seed)
+    return conditioning(seed) if kind == "sdxl" else prompt(kind, shape, seed)
 
 
 class ByHand(comfy.samplers.CFGGuider):
@@ -112,6 +113,13 @@ class HandsInTheModelsOptions(comfy.samplers.CFGGuider):
         return comfy.samplers.sampling_function(
             self.inner_model, x, timestep, *conds, self.cfg, model_options=own, seed=seed
         )
+
+
+class RunsNoWrappers(comfy.samplers.CFGGuider):
+    """As guiders that evaluate outside of the host's wrappers of a step."""
+
+    def outer_predict_noise(self, x, timestep, model_options=None, seed=None):
+        return self.predict_noise(x, timestep, model_options or {}, seed)
 
 
 class BreaksOff(comfy.samplers.CFGGuider):

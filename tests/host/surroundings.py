@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from host_models import noise_like
-from stand_ins import patched
+from stand_ins import attention_override, patched
 
 # UNets: rows depend on each other.
 
@@ -118,17 +118,6 @@ def windowed(model):
 
 
 # Transformers.
-
-
-def attention_override(override):
-    """Put an override of the host's attention on a clone."""
-
-    def around(model):
-        model = model.clone()
-        model.model_options["transformer_options"]["optimized_attention_override"] = override
-        return model
-
-    return around
 
 
 @attention_override

@@ -8,8 +8,8 @@ import importlib
 import pytest
 import torch
 from choice import each, some
-from dit_models import available, sample_dit, tiny_dit
-from dit_oracle import block_modules, selector, shape_of
+from dit_models import available, sampled, tiny_dit
+from dit_oracle import block_modules, selector
 from family_oracle import guide
 from host_models import sample, tiny_model
 from host_oracle import deviation
@@ -27,7 +27,6 @@ class Graphs:
         self.in_steps = []
 
     def __call__(self, graph, inputs):
-        del inputs
         self.made += 1
 
         def run(*args):
@@ -91,7 +90,7 @@ def run(kind, method, way, *, order="before", cfg=4.0, first=CHANGED):
         lambda args: graphs.in_steps.append(graphs.made) or args["denoised"]
     )
     with reported() as counts:
-        latents = sample_dit(model, kind, shape_of(kind, (3, 4)), steps=STEPS, cfg=cfg)
+        latents = sampled(model, kind, steps=STEPS, cfg=cfg)
     return latents, counts, graphs
 
 
@@ -137,7 +136,7 @@ def test_an_interruption_leaves_compiled_blocks_as_they_were():
 
     hook = blocks[4].register_forward_pre_hook(interrupt)
     with pytest.raises(RuntimeError, match="interrupted"):
-        sample_dit(guided, "flux", shape_of("flux", (3, 4)))
+        sampled(guided, "flux")
     hook.remove()
     assert [block._compiled_call_impl for block in blocks] == compiled
     assert torch._dynamo.eval_frame._stance.stance == "default"
@@ -151,7 +150,7 @@ SMALL = {
     "UNet": (lambda: tiny_model("sd15", dtype=torch.float64, **UNET), sample, "m0"),
     "Flux": (
         lambda: tiny_dit("flux", depth=1, depth_single_blocks=1),
-        functools.partial(sample_dit, kind="flux", shape=shape_of("flux", (3, 4))),
+        functools.partial(sampled, kind="flux"),
         "single.0",
     ),
 }

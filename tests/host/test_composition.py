@@ -1,4 +1,4 @@
-"""Together with other nodes: each keeps its own effect, and the smoothed pass sees all of them."""
+"""Together with other nodes: each keeps its own effect, and the perturbed pass sees all of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ import comfy.sd
 import pytest
 import torch
 from choice import each
-from host_models import (
-    conditioning,
-    core_node,
-    sample,
-    seg,
-    shared_model,
-    tiny_lora,
-    tiny_model,
-)
+from dit_models import sampled, shape_of
+from dit_oracle import CORE, exact_model
+from host_models import conditioning, core_node, sample, seg, shared_model, tiny_lora, tiny_model
 from host_oracle import blur_map, deviation, guided_by_hand
-from reuse_checks import require_reference
-from stand_ins import patched, shipped
-from surroundings import attention_override
+from no_op import nothing
+from reuse_checks import ROUNDING, require_reference
+from stand_ins import attention_override, context_windows, patched, shipped
 
 SIZE = (8, 12)
 LARGEST = 1e-6
@@ -154,28 +148,69 @@ def test_patches_of_other_nodes_act_in_the_extra_pass(patches, order, sigma, reu
     require_reference(sigma=sigma, reuse=reuse, **{order: patches})
 
 
-# Other guidance of the host
+# Transformers
 
 
-core_sag = shipped("sag", "SelfAttentionGuidance", 0.7, 2.0)
-core_pag = shipped("pag", "PerturbedAttentionGuidance", 2.0)
-OTHERS = {"SAG": core_sag, "PAG": core_pag, "both": lambda model: core_pag(core_sag(model))}
+@pytest.mark.parametrize(*each(kind=CORE, order=ORDERS, reuse=REUSE))
+def test_an_override_of_another_node_acts_on_both_predictions(kind, order, reuse):
+    @attention_override
+    def override(func, query, *args, **kwargs):
+        return func(0.5 * query, *args, **kwargs)
+
+    model = exact_model(kind)
+    plain = sampled(override(model), kind)
+    still = functools.partial(nothing, reuse=reuse)
+    for guided in (still, functools.partial(seg, sigma=1.3, reuse=reuse)):
+        both = guided(override(model)) if order == "before" else override(guided(model))
+        pushed = deviation(sampled(both, kind), plain)
+        assert pushed <= 1e-4 if guided is still else pushed > 1e-3
 
 
-@pytest.mark.parametrize(
-    *each(
-        lambda other, kind, **_: other != "both" or kind == "sd15",
-        other=OTHERS, order=ORDERS, kind=["sd15", "sdxl"], sigma=SIGMAS,
-    )
-)  # fmt: skip
-def test_effects_of_several_guidance_nodes_add_up(kind, other, order, sigma):
-    def effect(model):
-        return sample(model, size=(12, 12), steps=1, cfg=4.0)
+def test_a_replacement_of_another_node_runs_inside_ours():
+    plain = sampled(seg(exact_model("flux"), blocks="double.1"), "flux")
+    model, seen = exact_model("flux"), []
 
-    model, other = shared_model(kind), OTHERS[other]
-    ours = seg(model, sigma=sigma)
-    both = other(ours) if order == "before" else seg(other(model), sigma=sigma)
-    plain, theirs, mine, together = map(effect, (model, other(model), ours, both))
-    assert deviation(theirs, plain) > 1e-4
-    assert deviation(mine, plain) > 1e-3
-    assert deviation(together, theirs + (mine - plain)) <= 5e-6
+    def replacement(args, extra):
+        seen.append(args["img"].shape)
+        return extra["original_block"](args)
+
+    for block in (("double_block", 0), ("double_block", 1), ("single_block", 0)):
+        model = patched("patch_replace", "dit", *block)(replacement)(model)
+    assert deviation(sampled(seg(model, blocks="double.1"), "flux"), plain) <= ROUNDING
+    assert seen
+
+
+def test_a_window_counts_in_a_shifted_schedule_wherever_the_node_that_shifts_it_stands():
+    model, guided = exact_model("sd3"), functools.partial(seg, start=0.3, end=0.6)
+    shifted = shipped("model_advanced", "ModelSamplingSD3", 7.0)
+    before, after = guided(shifted(model)), shifted(guided(model))
+    before, after, unshifted = (sampled(m, "sd3", steps=4) for m in (before, after, guided(model)))
+    assert torch.equal(before, after)
+    assert deviation(before, unshifted) > 1e-3
+
+
+def test_context_windows_of_a_video():
+    model, shape = context_windows(exact_model("wan"), axis=2), shape_of("wan", (2, 3), frames=7)
+    one, whole = (sampled(seg(model, reuse=reuse), "wan", shape) for reuse in REUSE)
+    assert torch.isfinite(one).all()
+    assert deviation(one, whole) <= ROUNDING
+
+
+def test_guide_frames_of_ltx_video_keep_their_queries():
+    seen = []
+
+    @attention_override
+    def spy(func, *args, **kwargs):
+        seen.append(args[0].clone())
+        return func(*args, **kwargs)
+
+    guides = {
+        "keyframe_idxs": torch.zeros(1, 3, 12, 2),
+        "concat_mask": torch.ones(1, 1, 3, 3, 4),
+    }
+    guided = seg(spy(exact_model("ltxv")), blocks="1", reuse=False)
+    sampled(guided, "ltxv", shape=(1, 128, 3, 3, 4), steps=1, cfg=1.0, cond=guides)
+    plain, smoothed = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    changed = (plain[2] - smoothed[2]).abs().amax(-1)[0]
+    assert (changed[:24] > 0).all()
+    assert (changed[24:] == 0).all()

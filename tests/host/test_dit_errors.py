@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import comfyui_version
 import pytest
 import torch
 from choice import some
-from dit_models import ALL, KINDS, TINY, sample_dit, tiny_dit
+from dit_models import ALL, KINDS, TINY, sampled, tiny_dit
 from dit_oracle import KEYS_TOO, PIXELS, block_modules, selector
 from family_oracle import guide
-from host_models import PACK, seg
+from host_models import part, seg
 
 from seg_core import Block, Target, describe_targets
 
@@ -29,8 +30,7 @@ UNSUPPORTED = {
 }
 
 
-def table():
-    return importlib.import_module(f"{PACK}.nodes.host.networks.dit.families")
+families = part("host.networks.dit.families")
 
 
 def host_class(path):
@@ -97,8 +97,8 @@ def test_image_models_have_no_time_and_say_so(kind):
 
 def test_a_video_of_one_frame_says_so_once_and_changes_nothing(caplog):
     model, shape = tiny_dit("wan"), (1, 16, 1, 6, 8)
-    guided = sample_dit(seg(model, axes="time"), "wan", shape)
-    assert torch.equal(sample_dit(model, "wan", shape), guided)
+    guided = sampled(seg(model, axes="time"), "wan", shape)
+    assert torch.equal(sampled(model, "wan", shape), guided)
     assert sum("there is one frame" in message for message in caplog.messages) == 1
     assert not any("had no effect" in message for message in caplog.messages)
 
@@ -106,12 +106,12 @@ def test_a_video_of_one_frame_says_so_once_and_changes_nothing(caplog):
 # The table of families, the page of it, and the help.
 
 
-def test_each_row_of_the_table_is_a_class_of_the_newest_comfyui(comfy_host):
-    families = table().FAMILIES
-    names = [name for family in families for name in (family.network, *family.variants)]
+def test_each_row_of_the_table_is_a_class_of_the_newest_comfyui():
+    names = [name for family in families.FAMILIES for name in (family.network, *family.variants)]
     missing = [name for name in names if host_class("comfy.ldm." + name) is None]
-    if comfy_host.version >= (0, 30):
-        newer = comfy_host.version >= (0, 33)
+    version = [int(part) for part in comfyui_version.__version__.split(".")]
+    if version >= [0, 30]:
+        newer = version >= [0, 33]
         assert missing == ([] if newer else ["wan.model_animate2.WanAnimate2Model"])
     assert len(set(names)) == len(names)
 
@@ -173,7 +173,7 @@ def row(family):
 def test_the_page_has_a_row_for_each_family_that_says_what_the_code_does():
     lines = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").splitlines()
     found = [line for line in lines if line.startswith("| ") and "SEG, PAG" not in line]
-    assert found == [*UNETS, *map(row, table().FAMILIES)]
+    assert found == [*UNETS, *map(row, families.FAMILIES)]
 
 
 AUTO = re.compile(r"^\| ([^|`]+) \| (\d+)(?: \+ (\d+))? \| `([\w., -]+)` \|$", re.MULTILINE)
@@ -189,7 +189,7 @@ def test_auto_is_what_the_help_page_says(page):
     for model, *depths, auto in rows:
         name = NAMES.get(model.split(",")[0], model.split(",")[0])
         family = next(
-            each for each in table().FAMILIES if name in each.name.replace(" / ", ", ").split(", ")
+            each for each in families.FAMILIES if name in each.name.replace(" / ", ", ").split(", ")
         )
         sizes = [int(depth) for depth in depths if depth]
         blocks = [
@@ -197,6 +197,6 @@ def test_auto_is_what_the_help_page_says(page):
             for part, size in zip(family.parts, sizes, strict=True)
             for i in range(size)
         ]
-        chosen = [blocks[n] for n in table().auto_range(len(blocks))]
+        chosen = [blocks[n] for n in families.auto_range(len(blocks))]
         targets = [Target(block.part, block.index) for block in chosen]
         assert describe_targets(targets, blocks) == auto, model

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import dit_variants as more
 import pytest
 import torch
-from dit_models import KINDS, latent_shape, sample_dit, tiny_dit
+from dit_models import KINDS, sampled, shape_of, tiny_dit
 from dit_oracle import dense_guidance, found_rows, without_refiners
-from host_models import PACK, seg
-from host_oracle import blur_map
+from host_models import part, seg
+from host_oracle import blur_map, deviation
 
 
 def as_subclass(model, kept=None, **members):
@@ -20,9 +18,8 @@ def as_subclass(model, kept=None, **members):
     return model
 
 
-def blocks_by_another_way(self, x, *_args, **kwargs):
+def blocks_by_another_way(self, x, *_args, **_kwargs):
     """Run blocks as Wan Animate 2 does: they are never called."""
-    del kwargs
     for block in self.blocks:
         x = x + 0.1 * block.self_attn.norm_q.weight.mean()
     return x
@@ -47,10 +44,10 @@ def derived(cls):
 
 
 def test_every_subclass_that_comfyui_has_of_a_network_of_the_table_is_in_it():
-    recognition = importlib.import_module(f"{PACK}.nodes.host.networks.dit.recognition")
+    family_of = part("host.networks.dit.recognition").family_of
     networks = {type(tiny_dit(kind).model.diffusion_model) for kind in KINDS}
     found = {one for cls in networks for one in derived(cls)}
-    missing = [cls for cls in found if recognition.family_of(cls.__new__(cls)) is None]
+    missing = [cls for cls in found if family_of(cls.__new__(cls)) is None]
     assert found
     assert not missing
 
@@ -64,21 +61,17 @@ def test_a_subclass_with_blocks_of_its_own_is_refused_by_name():
 
 def test_a_subclass_that_only_adds_something_belongs_to_its_family():
     model = as_subclass(tiny_dit("wan"), added=lambda self: self.blocks, dim_of_text=24)
-    shape = (1, 16, 2, 6, 8)
-    assert torch.equal(
-        sample_dit(seg(model), "wan", shape), sample_dit(seg(tiny_dit("wan")), "wan", shape)
-    )
+    assert torch.equal(sampled(seg(model), "wan"), sampled(seg(tiny_dit("wan")), "wan"))
 
 
 @pytest.mark.parametrize("branch", ["conditional", "free"])
 def test_blocks_that_are_never_called_leave_the_result_as_it_was(branch, monkeypatch, caplog):
     """In the branch `free` a perturbation that is not there would look like a higher cfg."""
-    model, shape = tiny_dit("wan"), latent_shape("wan", (3, 4), frames=2)
+    model = tiny_dit("wan")
     network = type(model.model.diffusion_model)
     monkeypatch.setattr(network, "forward_orig", blocks_by_another_way)
     caplog.set_level("INFO")
-    guided = sample_dit(seg(model, branch=branch), "wan", shape)
-    assert torch.equal(guided, sample_dit(model, "wan", shape))
+    assert torch.equal(sampled(seg(model, branch=branch), "wan"), sampled(model, "wan"))
     assert sum("was never reached" in message for message in caplog.messages) == 1
     assert not any("evaluations guided" in message for message in caplog.messages)
 
@@ -86,27 +79,24 @@ def test_blocks_that_are_never_called_leave_the_result_as_it_was(branch, monkeyp
 @pytest.mark.parametrize("name", ["ref_frames", "frames_of_tomorrow"])
 @pytest.mark.parametrize("kind", ["lumina2", "zimage"])
 def test_tokens_behind_the_image_are_explained_or_refused(kind, name, monkeypatch):
-    model, shape = without_refiners(tiny_dit(kind)), latent_shape(kind, (3, 4))
+    model, shape = without_refiners(tiny_dit(kind)), shape_of(kind)
     cond = {"model_conds": {name: more.frames_behind(model, shape, monkeypatch)}}
     guided = seg(model, sigma=0.7, blocks="0-1")
     if name != "ref_frames":
-        with pytest.raises(
-            ValueError, match=r"NextDiT .* beside .* report these names and ComfyUI"
-        ):
-            sample_dit(guided, kind, shape, cond=cond)
+        with pytest.raises(ValueError, match=r"NextDiT .* beside .* report these names and Comfy"):
+            sampled(guided, kind, shape, cond=cond)
         return
     rows, length = found_rows(model, kind, shape, cond)
     assert rows[-1] < length - more.BEHIND
     expected = dense_guidance(
         model, kind, rows, length, [0, 1], scale=3.0, blur=blur_map(3, 4, 0.7)
     )
-    found = sample_dit(guided, kind, shape, cond=cond)
-    reference = sample_dit(expected, kind, shape, cond=cond)
-    assert (found - reference).abs().max() < 1e-4 * reference.abs().max()
+    found, reference = (sampled(m, kind, shape, cond=cond) for m in (guided, expected))
+    assert deviation(found, reference) < 1e-4
 
 
 def test_an_image_that_no_longer_attends_to_itself_alone_is_refused(monkeypatch):
-    model, shape = tiny_dit("cosmos2"), latent_shape("cosmos2", (3, 4))
+    model = tiny_dit("cosmos2")
     attention = model.model.diffusion_model.blocks[0].self_attn
     compute = type(attention).compute_attention
 
@@ -116,4 +106,4 @@ def test_an_image_that_no_longer_attends_to_itself_alone_is_refused(monkeypatch)
 
     monkeypatch.setattr(type(attention), "compute_attention", with_another)
     with pytest.raises(ValueError, match=r"MiniTrainDIT .* has 3 tokens beside .* and 0 were"):
-        sample_dit(seg(model), "cosmos2", shape)
+        sampled(seg(model), "cosmos2")

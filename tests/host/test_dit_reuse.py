@@ -6,20 +6,9 @@ import comfy.controlnet
 import pytest
 import torch
 from choice import each
-from dit_models import ALL, TINY, VARIANTS, packed, prompt
-from dit_oracle import (
-    CELLS,
-    KEYS_TOO,
-    ONLY_FLOAT32,
-    PIXELS,
-    block_modules,
-    entered,
-    exact_dit,
-    sampled,
-    selector,
-    shape_of,
-)
-from dit_variants import music
+from dit_models import ALL, TINY, VARIANTS, packed, prompt, sampled, shape_of
+from dit_oracle import KEYS_TOO, ONLY_FLOAT32, PIXELS, block_modules, entered, exact_model, selector
+from dit_variants import MUSIC
 from family_oracle import guide
 from host_models import noise_like
 from host_oracle import deviation
@@ -37,18 +26,18 @@ def bound(kind, cfg):
 
 
 def last(kind):
-    return len(block_modules(exact_dit(kind))) - 1
+    return len(block_modules(exact_model(kind))) - 1
 
 
 def all_of(*parts):
     """Return what applies nodes, each given as method, numbers of blocks and further widgets."""
 
     def guided(kind, **options):
-        model = exact_dit(kind)
+        model = exact_model(kind)
         for method, numbers, widgets in parts:
             if callable(numbers):
                 numbers = numbers(kind)
-            blocks = selector(exact_dit(kind), kind, numbers)
+            blocks = selector(exact_model(kind), kind, numbers)
             model = guide(method, model, 2.0, blocks=blocks, **options, **widgets)
         return model
 
@@ -87,17 +76,13 @@ def exists(kind, name):
     return kind not in VARIANTS or name in ("SEG", "the family")
 
 
-def run(kind, model, *, shape=None, batch=1, **options):
+def run(kind, model, **options):
     """Return the network's outputs, what the run did, and which blocks were entered in it."""
     outs = []
-    network = exact_dit(kind).model.diffusion_model
+    network = exact_model(kind).model.diffusion_model
     hook = network.register_forward_hook(lambda _module, _args, out: outs.append(packed(out)))
-    shape = shape or shape_of(kind, CELLS, batch=batch)
-    try:
-        with reported() as counts, entered(exact_dit(kind)) as state:
-            sampled(model, kind, shape, **{"steps": 1, **options})
-    finally:
-        hook.remove()
+    with hook, reported() as counts, entered(exact_model(kind)) as state:
+        sampled(model, kind, **{"steps": 1, **options})
     return outs, counts, state["runs"]
 
 
@@ -149,7 +134,7 @@ def test_with_reference_images(kind, name):
 def test_music_between_blocks():
     """In grids that WanDancer takes with music: a multiple of eight tokens."""
     shape = shape_of("wan_dancer", (2, 4))
-    check("wan_dancer", GUIDED["SEG"][0], shape=shape, cond={"audio_embed": music}, cfg=4.0)
+    check("wan_dancer", GUIDED["SEG"][0], shape=shape, cond=MUSIC, cfg=4.0)
 
 
 def test_area_conds_in_a_batch_are_told_apart():
@@ -168,7 +153,6 @@ class FixedControl(comfy.controlnet.ControlBase):
         self.asked = 0
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        del t, cond, batched_number, transformer_options
         self.asked += 1
         return {
             part: [r.repeat(x_noisy.shape[0], 1, 1) for r in tensors]
@@ -187,7 +171,7 @@ CONTROLLED = {
 @pytest.mark.parametrize(*each(kind=CONTROLLED, number=[1, 3]))
 def test_control_residuals_are_neither_lost_nor_doubled_nor_computed_twice(kind, number):
     width, counts = CONTROLLED[kind]
-    shape = shape_of(kind, CELLS)
+    shape = shape_of(kind)
     residuals = {
         part: [
             0.3 * noise_like((1, 12 * (shape[2] if len(shape) == 5 else 1), width), 70 + n)

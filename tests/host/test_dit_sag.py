@@ -8,20 +8,11 @@ import pytest
 import torch
 from choice import each
 from comfy_extras.nodes_sag import attention_basic_with_sim
-from dit_models import ALL, KINDS, TINY, tiny_dit
-from dit_oracle import (
-    OVERRIDE,
-    PIXELS,
-    entered,
-    exact_dit,
-    found_rows,
-    grid_size,
-    sampled,
-    selector,
-    shape_of,
-)
+from dit_models import ALL, KINDS, TINY, sampled, shape_of, tiny_dit
+from dit_oracle import PIXELS, entered, exact_model, found_rows, grid_size, selector
 from family_oracle import blurred_where_attended, drawn, guide
-from host_oracle import deviation, heads_apart
+from host_oracle import by_head, deviation
+from stand_ins import attention_override
 
 from benchmarks.counting import PeakBytes
 from seg_core import column_mass
@@ -42,10 +33,7 @@ def by_hand(kind, blocks, shape, size, state):
         state["call"] += 1
         if state["block"] in blocks and state["call"] == 0:
             mask = kwargs.get("mask", args[0] if args else None)
-            apart = query, key
-            if not kwargs.get("skip_reshape"):
-                apart = (heads_apart(t, heads) for t in apart)
-            seen.append(drawn(*apart, rows, mask)[:1])
+            seen.append(drawn(*by_head((query, key), heads, kwargs), rows, mask)[:1])
         return func(query, key, value, heads, *args, **kwargs)
 
     def attention():
@@ -54,8 +42,7 @@ def by_hand(kind, blocks, shape, size, state):
         maps = maps.repeat_interleave(unit, 1).repeat_interleave(unit, 2)
         return maps[:, : shape[-2], : shape[-1]].reshape(1, 1, *shape[2:])
 
-    model = exact_dit(kind).clone()
-    model.model_options["transformer_options"][OVERRIDE] = record
+    model = attention_override(record)(exact_model(kind))
     return blurred_where_attended(model, attention, 0.5, SIGMA)
 
 
@@ -72,18 +59,18 @@ def one_step(model, kind, shape):
 def test_one_step_equals_the_formula_with_a_whole_map(kind, size):
     blocks = [1] if kind in PIXELS else [1, 2]
     shape = shape_of(kind, CELLS[size])
-    with entered(exact_dit(kind)) as state:
+    with entered(exact_model(kind)) as state:
         expected = one_step(by_hand(kind, blocks, shape, CELLS[size], state), kind, shape)
-    ours = sag(exact_dit(kind), blocks=selector(exact_dit(kind), kind, blocks))
+    ours = sag(exact_model(kind), blocks=selector(exact_model(kind), kind, blocks))
     assert deviation(one_step(ours, kind, shape), expected) < 1e-4
-    assert deviation(expected, one_step(exact_dit(kind), kind, shape)) > 1e-3
+    assert deviation(expected, one_step(exact_model(kind), kind, shape)) > 1e-3
 
 
 @pytest.mark.skipif("ltx2" not in KINDS, reason="this ComfyUI has no such network")
 @pytest.mark.parametrize("mask", ["attention", "everywhere"])
 def test_a_latent_that_sound_shares_is_no_picture_to_blur(mask):
     with pytest.raises(ValueError, match=r"sound and picture packed together"):
-        one_step(sag(tiny_dit("ltx2"), mask=mask), "ltx2", shape_of("ltx2", (3, 4)))
+        one_step(sag(tiny_dit("ltx2"), mask=mask), "ltx2", shape_of("ltx2"))
 
 
 # Memory.

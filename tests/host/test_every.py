@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 
-import comfy.model_base
 import comfy.samplers
 import pytest
 import torch
 from choice import each
+from dit_models import sampled, shape_of, tiny_dit
 from family_oracle import guide, skipped, transformer_blocks
-from host_models import conditioning, noise_like, sample, shared_model, tiny_model
+from host_models import conditioning, sample, shared_model, tiny_model
 from host_oracle import deviation
 from reuse_checks import outcome, reported
+from stand_ins import context_windows, patched
+from strange_guiders import sampled_by
+from test_dense_reference import KINDS
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.counting import ParametersRead
@@ -22,19 +24,7 @@ from benchmarks.step import GuidedStep
 
 EXACT = 1e-6  # of latents; the sampler is in float32
 REUSE = (True, False)
-KINDS = {
-    "eps": comfy.model_base.ModelType.EPS,
-    "v-prediction": comfy.model_base.ModelType.V_PREDICTION,
-    "flow": comfy.model_base.ModelType.FLOW,
-}
 SAMPLERS = ["euler", "heun", "dpm_2", "res_multistep", "euler_ancestral", "dpmpp_sde", "lcm"]
-MODELS = {}
-
-
-def model_of(kind):
-    if kind not in MODELS:
-        MODELS[kind] = tiny_model("sdxl", model_type=KINDS[kind], dtype=torch.float64)
-    return MODELS[kind]
 
 
 def held_by_hand(model, every, scale=1.0, place=lambda args: None):
@@ -49,7 +39,8 @@ def held_by_hand(model, every, scale=1.0, place=lambda args: None):
     modules = transformer_blocks(model, ("m", 0, 0), ("m", 0, 1))
     held, counts = {}, {}
 
-    def guide_(args):
+    @patched("sampler_post_cfg_function")
+    def guided(args):
         at, sigma = place(args), args["sigma"].double()[:, None, None, None]
         counts[at] = counts.get(at, 0) + 1
         if (counts[at] - 1) % every == 0:
@@ -58,13 +49,10 @@ def held_by_hand(model, every, scale=1.0, place=lambda args: None):
                     args["model"], [args["cond"]], args["input"], args["sigma"],
                     args["model_options"],
                 )  # fmt: skip
-            noise = (bad - args["cond_denoised"]).double() / sigma
-            held[at] = noise
+            held[at] = (bad - args["cond_denoised"]).double() / sigma
         return args["denoised"] - scale * (held[at] * sigma).to(args["denoised"])
 
-    guided = model.clone()
-    guided.set_model_sampler_post_cfg_function(guide_)
-    return guided
+    return guided(model)
 
 
 @pytest.mark.filterwarnings("ignore:Should have t[ab]")
@@ -74,7 +62,7 @@ def held_by_hand(model, every, scale=1.0, place=lambda args: None):
 def test_between_computed_differences_the_last_one_is_held_in_noise(
     sampler, kind, every, reuse, cfg
 ):
-    model = model_of(kind)
+    model = shared_model("sdxl", model_type=KINDS[kind])
     options = {"sampler": sampler, "scheduler": "simple", "steps": 5, "size": (8, 6), "cfg": cfg}
     theirs = sample(held_by_hand(model, every), **options)
     ours = guide("SLG", model, every=every, reuse=reuse)
@@ -142,8 +130,6 @@ class InTiles(comfy.samplers.KSAMPLER):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_each_tile_holds_a_difference_of_its_own(sampler):
-    model, sizes = shared_model(), (1, 4, 8, 16)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
     turn = {}
 
     def place(args):
@@ -151,16 +137,13 @@ def test_each_tile_holds_a_difference_of_its_own(sampler):
         turn[sigma] = turn.get(sigma, -1) + 1
         return turn[sigma]
 
-    def tiled(guided):
-        function = comfy.samplers.ksampler(sampler).sampler_function
-        guider = comfy.samplers.CFGGuider(guided)
-        guider.set_conds(conditioning(1), conditioning(2))
-        guider.set_cfg(3.0)
-        with torch.inference_mode():
-            return guider.sample(noise_like(sizes), torch.zeros(sizes), InTiles(function), sigmas)
-
-    theirs = tiled(held_by_hand(model, 2, place=place))
-    assert deviation(tiled(guide("SLG", model, every=2)), theirs) < EXACT
+    tiles = InTiles(comfy.samplers.ksampler(sampler).sampler_function)
+    theirs = held_by_hand(shared_model(), 2, place=place)
+    found, expected = (
+        sampled_by(comfy.samplers.CFGGuider, model, steps=4, sampler=tiles)
+        for model in (guide("SLG", shared_model(), every=2), theirs)
+    )
+    assert deviation(found, expected) < EXACT
 
 
 def test_where_other_prompts_become_active_the_difference_is_computed(caplog):
@@ -188,17 +171,12 @@ def test_numbers_that_are_none_are_refused(wrong):
 
 
 def test_context_windows_hold_the_difference_of_the_whole_latent():
-    from dit_models import latent_shape, sample_dit, tiny_dit
-
-    windows = importlib.import_module("comfy_extras.nodes_context_windows")
-    model = tiny_dit("wan")
-    node = windows.ContextWindowsManualNode
-    cut = node.execute(model, 2, 1, "standard_static", 1, False, "pyramid", 2, False)[0]
-    shape = latent_shape("wan", (3, 4), frames=4)
+    cut = context_windows(tiny_dit("wan"), length=2, overlap=1, axis=2)
+    shape = shape_of("wan", frames=4)
     with reported() as counts:
-        found = sample_dit(guide("SEG", cut, every=2), "wan", shape, steps=4, cfg=2.0)
+        found = sampled(guide("SEG", cut, every=2), "wan", shape, steps=4, cfg=2.0)
     assert torch.isfinite(found).all()
-    plain = sample_dit(guide("SEG", cut), "wan", shape, steps=4, cfg=2.0)
+    plain = sampled(guide("SEG", cut), "wan", shape, steps=4, cfg=2.0)
     assert 1e-5 < deviation(found, plain) < 0.5
     assert counts.shared > 0
     assert not counts.full

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 
 import pytest
 import torch
 from choice import each
-from dit_models import ALL, KINDS, TINY, VARIANTS, tiny_dit
+from dit_models import ALL, CELLS, KINDS, TINY, VARIANTS, sampled, shape_of, tiny_dit
 from dit_oracle import (
-    CELLS,
     CORE,
     KEYS_TOO,
     ONLY_FLOAT32,
     PIXELS,
     block_modules,
     dense_guidance,
-    exact_dit,
+    exact_model,
     found_rows,
     grid_size,
-    sampled,
     selector,
-    shape_of,
 )
 from family_oracle import both_swapped, entered_by, guide, permutation_matrix, skipped
-from host_models import PACK
 from host_oracle import blur_map, deviation, guided_by_hand
+
+from seg_core import token_permutation
 
 VIDEO = [kind for kind in KINDS if TINY[kind].frames and kind not in ("qwen", "krea2", "joyimage")]
 ONE_HEAD = {"sd3"}
 ROWS_LAST = {"cosmos1"}  # the rows of its batch are the fourth axis of its tokens
 SCALE = 1.0
-core = importlib.import_module(PACK + ".seg_core")
 
 
 def bound(kind):
@@ -70,7 +66,7 @@ def dense(blur, refs=False, side="cond", **change):
         rows, length = rows_of(kind, cells, refs and kind != "hunyuan_video")
         map_ = blur and blur(*grid_size(kind, shape_of(kind, cells)))
         return dense_guidance(
-            exact_dit(kind), kind, rows, length, numbers, scale=SCALE, side=side, blur=map_,
+            exact_model(kind), kind, rows, length, numbers, scale=SCALE, side=side, blur=map_,
             **change,
         )  # fmt: skip
 
@@ -81,17 +77,17 @@ def passed_over(side="cond"):
     """By blocks whose results are their arguments."""
 
     def reference(kind, numbers):
-        modules = [block_modules(exact_dit(kind))[n] for n in numbers]
-        return guided_by_hand(exact_dit(kind), lambda *_: skipped(modules), SCALE, side)
+        modules = [block_modules(exact_model(kind))[n] for n in numbers]
+        return guided_by_hand(exact_model(kind), lambda *_: skipped(modules), SCALE, side)
 
     return reference
 
 
 def shuffled(kind, numbers, wrong=0):
     """By permutation matrices before the blocks, another one for each step and block."""
-    model = exact_dit(kind)
+    model = exact_model(kind)
     modules = [block_modules(model)[n] for n in numbers]
-    cells = math.prod(grid_size(kind, shape_of(kind, CELLS))[1:])
+    cells = math.prod(grid_size(kind, shape_of(kind))[1:])
     rows, length = (None, None) if kind in ROWS_LAST else rows_of(kind)
 
     def matrix(order):
@@ -104,7 +100,7 @@ def shuffled(kind, numbers, wrong=0):
         return whole
 
     def reordered(step, _options):
-        orders = [core.token_permutation(cells, 0, step, number + wrong) for number in numbers]
+        orders = [token_permutation(cells, 0, step, number + wrong) for number in numbers]
         if kind not in ROWS_LAST:
             return entered_by(modules, [matrix(order) for order in orders])
         (module,), (order,) = modules, orders
@@ -126,8 +122,8 @@ def image_rows(tokens, rows, length):
 
 def swapped(kind, numbers):
     """By swaps of the least similar pairs before the blocks, one after the other."""
-    modules = [block_modules(exact_dit(kind))[n] for n in numbers]
-    frames = grid_size(kind, shape_of(kind, CELLS))[0]
+    modules = [block_modules(exact_model(kind))[n] for n in numbers]
+    frames = grid_size(kind, shape_of(kind))[0]
     rows, length = rows_of(kind)
 
     def change(tokens):
@@ -137,7 +133,7 @@ def swapped(kind, numbers):
     def worse(*_):
         return entered_by(modules, [change] * len(modules))
 
-    return guided_by_hand(exact_dit(kind), worse, SCALE)
+    return guided_by_hand(exact_model(kind), worse, SCALE)
 
 
 def in_space(sigma):
@@ -192,7 +188,7 @@ def numbers_of(kind, method):
         return [1, 2]
     if kind in ROWS_LAST:
         return [1]
-    return [0, 1] if kind in PIXELS else [1, len(block_modules(exact_dit(kind))) - 1]
+    return [0, 1] if kind in PIXELS else [1, len(block_modules(exact_model(kind))) - 1]
 
 
 def exists(kind, method):
@@ -210,9 +206,9 @@ def exists(kind, method):
 def ours(kind, method, numbers):
     node, widgets, *_ = METHODS[method]
     heads = widgets.get("heads", "")
-    blocks = [name + heads for name in selector(exact_dit(kind), kind, numbers).split(",")]
+    blocks = [name + heads for name in selector(exact_model(kind), kind, numbers).split(",")]
     widgets = {name: value for name, value in widgets.items() if name != "heads"}
-    return guide(node, exact_dit(kind), SCALE, blocks=",".join(blocks), **widgets)
+    return guide(node, exact_model(kind), SCALE, blocks=",".join(blocks), **widgets)
 
 
 SIZES = {"landscape": CELLS, "portrait": (5, 2), "odd": (2.5, 3.5)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 
 import pytest
@@ -17,11 +16,12 @@ from family_oracle import (
     skipped,
     transformer_blocks,
 )
-from host_models import PACK, sample, shared_model
+from host_models import sample, shared_model
 from host_oracle import blur_map, deviation, guided_by_attention, guided_by_hand, halved
 
 from benchmarks import models
 from benchmarks.step import on_meta
+from seg_core import token_permutation
 
 EXACT = 1e-6  # of latents; the sampler is in float32
 SIZE = (8, 6)
@@ -89,6 +89,17 @@ def test_all_heads_by_name_are_all_heads(method):
     assert deviation(sample(some), sample(whole)) < EXACT
 
 
+def test_at_strength_1_the_result_is_that_of_seg_and_at_0_there_is_none(caplog):
+    seg = sample(guide("SEG", shared_model()))
+    assert torch.equal(seg, sample(guide("SEG", shared_model(), strength=1.0)))
+    off = guide("SEG", shared_model(), strength=0.0)
+    assert "Smoothed Energy Guidance has no effect: strength is 0." in caplog.messages
+    assert "sampler_post_cfg_function" not in off.model_options
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="strength must be between 0 and 1"):
+            guide("SEG", shared_model(), strength=wrong)
+
+
 def test_heads_that_do_not_exist_or_make_no_sense_are_errors_that_say_why():
     with pytest.raises(ValueError, match=r"block m0.0 has 4 heads, 0 to 3, .* no head 4"):
         guide("PAG", shared_model(), blocks="m0:h2,4")
@@ -108,7 +119,6 @@ def test_unknown_parts_are_errors():
 @pytest.mark.parametrize(*each(kind=["sdxl", "sd15"], reuse=REUSE))
 def test_tokens_that_enter_in_another_order(kind, reuse):
     model = shared_model(kind)
-    core = importlib.import_module(PACK + ".seg_core")
     blocks, places, numbers, level = {
         "sdxl": ("d0", [("d", 0, 0), ("d", 0, 1)], [0, 1], 1),
         "sd15": ("d0,u3", [("d", 0, 0), ("u", 3, 0)], [0, 6], 0),
@@ -117,7 +127,7 @@ def test_tokens_that_enter_in_another_order(kind, reuse):
 
     def worse(step, _options, shift=0):
         def matrix(number):
-            order = core.token_permutation(tokens, 3, step, number + shift)
+            order = token_permutation(tokens, 3, step, number + shift)
             whole = permutation_matrix(order, list(range(tokens)), tokens)
             return lambda rows: whole.to(rows) @ rows if rows.shape[1] == tokens else None
 

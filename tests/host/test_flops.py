@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 
 import pytest
 import torch
 from choice import each, some
-from dit_models import KINDS, latent_shape, sample_dit, tiny_dit
+from dit_models import KINDS, sampled, tiny_dit
 from dit_oracle import KEYS_TOO
 from family_oracle import guide
-from host_models import PACK, seg
+from host_models import part, seg
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models, variants
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.current_only
 
 @functools.cache
 def bench(name):
-    node = importlib.import_module(PACK + ".nodes.seg").SEGuidance
+    node = part("seg").SEGuidance
     return variants.Bench(models.KINDS[name], torch.device("meta"), torch.float16, node)
 
 
@@ -97,17 +96,6 @@ def test_a_step_costs_what_the_tables_say_and_reads_each_weight_once(case):
             assert 100e6 < extra <= 1.15 * plain.peak_bytes / rows
 
 
-@pytest.mark.long  # `test_every` counts held steps on a tiny model
-@pytest.mark.parametrize("cfg", CFGS)
-def test_held_differences_cost_a_share_of_a_prediction(cfg):
-    plain = counted("sdxl", CFG, cfg)
-    extra = FIGURES["sdxl", SEG_ON][CFGS.index(cfg)] - 1
-    for every in variants.HELD:
-        step = counted("sdxl", SEG_ON, cfg, every=every)
-        assert step.flops / plain.flops == pytest.approx(1 + extra / every, abs=0.003)
-        assert step.parameters_read == pytest.approx(plain.parameters_read, rel=0.02)
-
-
 @pytest.mark.long
 def test_a_finite_blur_costs_a_little_more_and_a_later_block_less():
     def cost(**changes):
@@ -130,7 +118,7 @@ NODES = {
 
 def read_by_a_run(model, kind, cfg):
     with ParametersRead([model.model]) as counter:
-        sample_dit(model, kind, latent_shape(kind), steps=1, cfg=cfg)
+        sampled(model, kind, steps=1, cfg=cfg)
     return counter.read
 
 
@@ -142,7 +130,7 @@ def read_by_a_run(model, kind, cfg):
 )  # fmt: skip
 def test_a_guided_step_of_a_transformer_reads_each_weight_once(kind, nodes, cfg):
     base = tiny_dit(kind)
-    sample_dit(base, kind, latent_shape(kind), steps=1, cfg=cfg)  # ComfyUI's first steps
+    sampled(base, kind, steps=1, cfg=cfg)  # ComfyUI's first steps
     plain = read_by_a_run(base, kind, cfg)
     model = base
     for node in NODES[nodes]:

@@ -10,15 +10,7 @@ import nodes
 import pytest
 import torch
 from choice import each
-from family_oracle import guide
-from host_models import (
-    conditioning,
-    core_node,
-    counted_calls,
-    noise_like,
-    seg,
-    shared_model,
-)
+from host_models import conditioning, core_node, counted_calls, noise_like, seg, shared_model
 from host_oracle import deviation
 from neighbours import reads_the_label
 from no_op import NOTHING, nothing
@@ -62,19 +54,6 @@ def perp_neg(value, negative_scale):
     )  # fmt: skip
 
 
-def bare(model):
-    """A guider that runs no wrappers of the host."""
-
-    class Bare(comfy.samplers.CFGGuider):
-        def outer_predict_noise(self, x, timestep, model_options=None, seed=None):
-            return self.predict_noise(x, timestep, model_options or {}, seed)
-
-    guider = Bare(model)
-    guider.set_conds(POSITIVE, NEGATIVE)
-    guider.set_cfg(4.0)
-    return guider
-
-
 GUIDERS = {
     "BasicGuider": basic,
     "CFGGuider": cfg(5.0),
@@ -91,7 +70,7 @@ WITH_THREE_PROMPTS = ("DualCFGGuider regular", "DualCFGGuider nested", "PerpNegG
 
 
 def ksampler(value):
-    def run(model, size=SIZE):
+    def run(model):
         with torch.inference_mode():
             return nodes.KSampler().sample(
                 model, 5, 2, value, "euler", "normal", POSITIVE, NEGATIVE, LATENT
@@ -146,16 +125,6 @@ def test_two_models_under_one_guider_give_what_the_dense_reference_gives():
         return custom.DualModelGuider.execute(model, POSITIVE, 5.0, other, NEGATIVE)[0]
 
     require_reference(size=SIZE, run=lambda model, size: custom_sampling(guider, model))
-
-
-@pytest.mark.parametrize(
-    ("method", "widgets"), [("SEG", {}), ("TPG", {}), ("SLG", {"blocks": "random"})]
-)
-def test_a_guider_that_runs_no_wrappers_of_the_host_is_guided_too(method, widgets):
-    """What is drawn anew in each step is drawn as under other guiders."""
-    guided = guide(method, shared_model(), **widgets)
-    found, expected = (custom_sampling(guider, guided, steps=4) for guider in (bare, cfg(4.0)))
-    assert deviation(found, expected) <= NOTHING
 
 
 @pytest.mark.parametrize(*each(reuse=[True, False], branch=SIDES))

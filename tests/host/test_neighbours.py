@@ -11,16 +11,16 @@ import itertools
 import re
 from pathlib import Path
 
-import comfy.model_patcher
 import pytest
 import torch
 from choice import each, pairs
-from dit_models import sample_dit, tiny_dit
-from dit_oracle import float64_rotary, shape_of
+from dit_models import sampled
+from dit_oracle import exact_model
 from family_oracle import guide
 from host_models import (
     conditioning,
     noise_like,
+    patcher_of,
     sample,
     seg,
     shared_model,
@@ -32,7 +32,7 @@ from host_oracle import deviation
 from neighbours import KINDS, ActsThroughOptions, cache_around_blocks, cache_in_a_closure
 from no_op import ACTS, NOTHING, nothing
 from reuse_checks import ROUNDING
-from stand_ins import patched
+from stand_ins import noted
 
 CFGS = (7.0, 1.0)
 REUSE = (True, False)
@@ -130,51 +130,42 @@ def test_the_table_of_neighbours_has_a_row_for_each():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cache_inside_the_network_remembers_each_prediction_by_itself(method):
     """As if the perturbed prediction had a network, and a cache, of its own."""
-    kind = "a cache inside the network"
-
-    seen = []
-
-    @patched("sampler_post_cfg_function")
-    def looking(args):
-        seen.append(args["cond_denoised"])
-        return args["denoised"]
-
-    model = looking(beside(kind, "after", METHODS[method]))
+    kind, seen = "a cache inside the network", []
+    model = noted(beside(kind, "after", METHODS[method]), seen)
     found = run(model, kind, cfg=1.0)
     assert deviation(found, alone(kind, 1.0)) > ACTS
     assert set(vars(model.model.diffusion_model)["known"]) == {0}, "the plain prediction's alone"
-    run(looking(beside(kind, "after", lambda model: model)), kind, cfg=1.0)
-    assert deviation(seen[0], seen[6]) <= NOTHING
+    run(noted(beside(kind, "after", lambda model: model), seen), kind, cfg=1.0)
+    first, again = (seen[step]["cond_denoised"] for step in (0, 6))
+    assert deviation(first, again) <= NOTHING
 
 
 @pytest.mark.parametrize(*each(cfg=[4.0, 1.0], blocks=["double.1", "single.1"]))
 def test_a_cache_around_the_blocks_answers_both_predictions_or_neither(blocks, cfg):
-    def sampled(guided):
+    def cached(guided):
         state = {}
-        model = cache_around_blocks(state)(guided(tiny_dit("flux", dtype=torch.float64)))
-        with float64_rotary():
-            latents = sample_dit(model, "flux", shape_of("flux", (3, 4)), cfg=cfg, steps=5)
-        return latents, state["hits"]
+        model = cache_around_blocks(state)(guided(exact_model("flux")))
+        return sampled(model, "flux", cfg=cfg, steps=5), state["hits"]
 
-    unguided, hits = sampled(lambda m: m)
+    unguided, hits = cached(lambda m: m)
     assert hits == 2
-    still, found = (sampled(functools.partial(by, blocks=blocks))[0] for by in (nothing, seg))
+    still, found = (cached(functools.partial(by, blocks=blocks))[0] for by in (nothing, seg))
     assert deviation(still, unguided) <= NOTHING
     assert deviation(found, unguided) > ACTS
 
 
 @pytest.mark.parametrize(*each(cfg=CFGS, start=[0.0, 0.2]))
 def test_a_cache_in_a_closure_answers_both_predictions_or_neither(cfg, start, caplog):
-    def sampled(guided, **widgets):
+    def cached(guided, **widgets):
         state = {}
         model = cache_in_a_closure(state)(guided(shared_model(), start=start, **widgets))
         latents = run(model, "cache", cfg=cfg)
         assert state["hits"] > 1
         return latents
 
-    unmoved = sampled(nothing, scale=1e-9)
-    assert deviation(sampled(nothing), unmoved) <= NOTHING
-    assert deviation(sampled(seg), unmoved) > ACTS
+    unmoved = cached(nothing, scale=1e-9)
+    assert deviation(cached(nothing), unmoved) <= NOTHING
+    assert deviation(cached(seg), unmoved) > ACTS
     assert "no effect" not in caplog.text, "guidance acts in the other calls"
 
 
@@ -193,8 +184,7 @@ class Objects(torch.nn.Module):
 
 
 def with_objects():
-    cpu = torch.device("cpu")
-    gligen = comfy.model_patcher.ModelPatcher(Objects(), load_device=cpu, offload_device=cpu)
+    gligen = patcher_of(Objects())
     return conditioning(1, gligen=("position", gligen, [1.0])), conditioning(2)
 
 
@@ -229,13 +219,13 @@ PROMPTS = {
 def test_prompts_that_act_on_the_network_act_on_all_predictions(prompts, cfg, reuse, nag):
     positive, negative = PROMPTS[prompts]()
 
-    def sampled(model, **settings):
+    def bare(model, **settings):
         return run(NAG(model) if nag else model, cfg=cfg, batch=2, **settings)
 
-    sampled_so = functools.partial(sampled, positive=positive, negative=negative)
+    sampled_so = functools.partial(bare, positive=positive, negative=negative)
     model = shared_model()
     unguided = sampled_so(model)
-    assert deviation(unguided, sampled(model)) > ACTS
+    assert deviation(unguided, bare(model)) > ACTS
     still = nothing(nothing(model, reuse), reuse, blocks="u1")
     assert deviation(sampled_so(still), unguided) <= NOTHING
     one, whole = (sampled_so(pag(seg(model, reuse=on), reuse=on)) for on in REUSE)

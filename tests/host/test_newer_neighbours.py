@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 
@@ -10,50 +9,41 @@ import pytest
 import torch
 from choice import each
 from comfy.ldm.modules import attention
+from comfy.ldm.wan import model as wan
 from comfy_extras import nodes_lt
-from dit_models import sample_dit, tiny_dit
-from dit_oracle import OVERRIDE, block_modules, float64_rotary, selector, shape_of
+from dit_models import sampled, tiny_dit
+from dit_oracle import OVERRIDE, block_modules, exact_model, selector
 from family_oracle import guide
-from host_models import core_node, seg
+from host_models import seg
 from host_oracle import deviation
 from no_op import NOTHING, hardly, nothing
+from stand_ins import shipped
 
 STG, MODALITY = "LTXVSpatioTemporalGuidance", "LTXVModalityGuidance"
-NODES = {STG: (1.5, "1, 2", 0.0, 1.0), MODALITY: (2.5, 0.0, 1.0)}
+NODES = {
+    STG: shipped("lt", STG, 1.5, "1, 2", 0.0, 1.0),
+    MODALITY: shipped("lt", MODALITY, 2.5, 0.0, 1.0),
+}
 newer = pytest.mark.skipif(not hasattr(nodes_lt, STG), reason="this ComfyUI has no such nodes")
-
-
-@functools.cache
-def ltx2(kind):
-    return tiny_dit(kind, dtype=torch.float64)
-
-
-def sampled(model, kind="ltx2"):
-    with float64_rotary():
-        return sample_dit(model, kind, shape_of(kind, (3, 4)))
-
-
-def beside(name):
-    """Return what puts a guidance node of ComfyUI on a model."""
-    return lambda model: core_node("comfy_extras.nodes_lt", name, model, *NODES[name])
 
 
 @newer
 @pytest.mark.parametrize("guidance", [nothing, hardly])
 @pytest.mark.parametrize("name", NODES)
 def test_ltx_2_is_pushed_nowhere_beside_comfyui_s_own_guidance_in_either_order(name, guidance):
-    model, put = ltx2("ltx2"), beside(name)
-    alone = sampled(put(model))
-    assert deviation(alone, sampled(model)) > 1e-3
-    ours = functools.partial(guidance, reuse=True)
-    assert deviation(sampled(put(ours(model))), alone) <= NOTHING
-    assert deviation(sampled(ours(put(model))), alone) <= NOTHING
+    model, put = exact_model("ltx2"), NODES[name]
+    alone, unaffected, before, after = (
+        sampled(m, "ltx2") for m in (put(model), model, put(guidance(model)), guidance(put(model)))
+    )
+    assert deviation(alone, unaffected) > 1e-3
+    assert deviation(before, alone) <= NOTHING
+    assert deviation(after, alone) <= NOTHING
 
 
 @newer
 def test_pag_is_the_spatiotemporal_guidance_of_comfyui_without_its_second_call():
-    model = ltx2("ltx2_silent")
-    theirs = sampled(beside(STG)(model), "ltx2_silent")
+    model = exact_model("ltx2_silent")
+    theirs = sampled(NODES[STG](model), "ltx2_silent")
     ours = sampled(guide("PAG", model, 1.5, blocks="1, 2"), "ltx2_silent")
     assert deviation(ours, theirs) <= NOTHING
 
@@ -63,18 +53,17 @@ def test_pag_is_the_spatiotemporal_guidance_of_comfyui_without_its_second_call()
 )
 @pytest.mark.parametrize("sigma", [math.inf, 0.7])
 def test_attention_that_hands_over_containers_is_smoothed_as_any_other(sigma, monkeypatch):
-    module = importlib.import_module("comfy.ldm.wan.model")
-    attend, contained = module.optimized_attention, []
+    attend, contained = wan.optimized_attention, []
 
     def in_containers(q, k, v, *args, **kwargs):
         contained.append(len(q))
         held = (attention.AttentionTensorContainer(tensor) for tensor in (q, k, v))
         return attend(*held, *args, **kwargs)
 
-    model, shape = seg(tiny_dit("wan"), sigma=sigma), shape_of("wan", (3, 4))
-    expected = sample_dit(model, "wan", shape)
-    monkeypatch.setattr(module, "optimized_attention", in_containers)
-    assert torch.equal(sample_dit(model, "wan", shape), expected)
+    model = seg(exact_model("wan"), sigma=sigma)
+    expected = sampled(model, "wan")
+    monkeypatch.setattr(wan, "optimized_attention", in_containers)
+    assert torch.equal(sampled(model, "wan"), expected)
     assert contained
 
 
@@ -104,6 +93,6 @@ def test_blocks_that_are_not_changed_keep_the_attention_that_the_model_prefers(
     changed.register_forward_hook(lambda *_: inside.__setitem__(0, False))
     monkeypatch.setattr(module, name, noting)
     guided = seg(model, blocks=selector(model, kind, [1]), reuse=reuse)
-    sample_dit(guided, kind, shape_of(kind, (3, 4)))
+    sampled(guided, kind)
     without = {(False, False)} if reuse else {(False, False), (True, False)}
     assert seen == {*without, (True, True)}, "inside the changed block, and with an override"

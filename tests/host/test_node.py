@@ -8,17 +8,11 @@ import math
 import comfy.samplers
 import pytest
 import torch
-from host_models import (
-    conditioning,
-    core_node,
-    counted_calls,
-    noise_like,
-    sample,
-    seg,
-    shared_model,
-)
+from host_models import conditioning, counted_calls, noise_like, sample, seg, shared_model
 from host_oracle import deviation, deviation_of_node
+from neighbours import altered_before_cfg
 from reuse_checks import warned
+from stand_ins import noted, patched, shipped
 
 SIZE = (6, 10)
 
@@ -26,40 +20,17 @@ SIZE = (6, 10)
 # Formula
 
 
-def halved(args):
-    return args["denoised"] * 0.5 + 0.1
-
-
-def post_cfg(model, function=halved):
-    patched = model.clone()
-    patched.set_model_sampler_post_cfg_function(function)
-    return patched
-
-
-def recorded(model, record):
-    """Return a clone that hands every set of post-CFG arguments to `record`."""
-
-    def watch(args):
-        record.append(args)
-        return args["denoised"]
-
-    return post_cfg(model, watch)
-
-
-def pre_cfg(model):
-    patched = model.clone()
-    patched.set_model_sampler_pre_cfg_function(lambda args: [p * 0.9 for p in args["conds_out"]])
-    return patched
-
-
-def rescaled_cfg(model):
-    return core_node("comfy_extras.nodes_model_advanced", "RescaleCFG", model, 0.7)
+OTHERS = {
+    "post-CFG": patched("sampler_post_cfg_function")(lambda args: args["denoised"] * 0.5 + 0.1),
+    "pre-CFG": altered_before_cfg,
+    "RescaleCFG": shipped("model_advanced", "RescaleCFG", 0.7),
+}
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("other", [post_cfg, pre_cfg, rescaled_cfg])
+@pytest.mark.parametrize("other", OTHERS)
 def test_guidance_is_added_to_what_other_nodes_made_of_the_step(other, order):
-    found = deviation_of_node(shared_model(), scale=2.5, sigma=1.3, **{order: other})
+    found = deviation_of_node(shared_model(), scale=2.5, sigma=1.3, **{order: OTHERS[other]})
     assert found <= 1e-6
 
 
@@ -119,16 +90,17 @@ def test_effective_node_says_nothing_above_information(caplog):
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.4), (0.4, 1.0), (0.2, 0.7)])
 def test_steps_in_the_window_are_those_of_a_conditioning_s_timestep_range(start, end):
     model, active, guided = shared_model(), [], []
-    ranged = core_node("nodes", "ConditioningSetTimestepRange", conditioning(1), start, end)
+    ranged = conditioning(1, start_percent=start, end_percent=end)
 
+    @patched("sampler_post_cfg_function")
     def watch(args):
         cond = args["cond"][0]
         used = comfy.samplers.get_area_and_mult(cond, args["input"], args["sigma"])
         active.append(used is not None)
         return args["denoised"]
 
-    sample(post_cfg(model, watch), positive=ranged, steps=10, cfg=1.0)
-    watched = recorded(seg(recorded(model, guided), start=start, end=end), guided)
+    sample(watch(model), positive=ranged, steps=10, cfg=1.0)
+    watched = noted(seg(noted(model, guided), start=start, end=end), guided)
     with counted_calls(model) as calls:
         sample(watched, steps=10, cfg=1.0)
     steps = zip(guided[::2], guided[1::2], strict=True)
@@ -175,11 +147,11 @@ def test_batch_mate_never_changes_an_image(mode, cfg):
 @pytest.mark.parametrize(("mode", "start"), [("full", "denoised"), ("partial", "cond_denoised")])
 def test_rescale_pulls_the_spread_of_each_image_to_that_of_its_prediction(mode, start):
     model, seen = shared_model(), []
-    sample(seg(recorded(model, seen)), steps=1, batch=2, size=SIZE)
+    sample(seg(noted(model, seen)), steps=1, batch=2, size=SIZE)
     amount = 0.4
-    guided = recorded(seg(model, rescale=amount, rescale_mode=mode), seen)
+    guided = noted(seg(model, rescale=amount, rescale_mode=mode), seen)
     sample(guided, steps=1, batch=2, size=SIZE)
-    sample(recorded(seg(model), seen), steps=1, batch=2, size=SIZE)
+    sample(noted(seg(model), seen), steps=1, batch=2, size=SIZE)
     plain, rescaled, full = seen
     for i in range(2):
         push = full["denoised"][i] - plain["denoised"][i]

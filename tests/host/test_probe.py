@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 
 import host_oracle
 import pytest
 import torch
 from choice import each
-from dit_models import latent_shape, sample_dit, tiny_dit
+from dit_models import sampled, shape_of
+from dit_oracle import exact_model
 from family_oracle import guide
-from host_models import PACK, conditioning, core_node, sample, seg, shared_model
-from host_oracle import blur_map, halved, heads_apart
+from host_models import conditioning, part, sample, seg, shared_model, tiny_model
+from host_oracle import blur_map, by_head, deviation, halved
+from stand_ins import attention_override, noted
 
 SIZE = (6, 10)
-
-
-def part(name):
-    return importlib.import_module(f"{PACK}.nodes.{name}")
-
-
-@functools.cache
-def model_of(kind):
-    """Return a tiny model that tests share; clone it, never change it."""
-    return shared_model() if kind == "sdxl" else tiny_dit(kind)
-
-
-def latents(model, kind="sdxl", **options):
-    if kind == "sdxl":
-        return sample(model, **{"size": SIZE, **options})
-    return sample_dit(model, kind, latent_shape(kind), **options)
 
 
 def probed(model):
@@ -42,21 +26,10 @@ def probed(model):
 def recorded(model, kind="sdxl", **options):
     """Sample a watched model; return the record and the latents."""
     watched, probe = probed(model)
-    samples = latents(watched, kind, **options)
+    samples = sampled(watched, kind, **options)
     record, made_it = probe.record(samples)
     assert made_it
     return record, samples
-
-
-def watch_post_cfg(model, keep):
-    clone = model.clone()
-
-    def look(args):
-        keep.append({k: v.clone() for k, v in args.items() if isinstance(v, torch.Tensor)})
-        return args["denoised"]
-
-    clone.set_model_sampler_post_cfg_function(look)
-    return clone
 
 
 def rms(tensor):
@@ -69,7 +42,7 @@ def rms(tensor):
 @pytest.mark.parametrize("sigma", [1.3, math.inf])
 def test_sizes_cosine_and_heat_equal_independent_ones(sigma):
     before, after = [], []
-    model = watch_post_cfg(seg(watch_post_cfg(shared_model(), before), 2.5, sigma), after)
+    model = noted(seg(noted(shared_model(), before), 2.5, sigma), after)
     record, _ = recorded(model, cfg=4.0, steps=3, batch=2)
     assert len(record.steps) == len(record.heat) == 3
     assert record.heat.device.type == "cpu"
@@ -93,15 +66,11 @@ def attention_logits(model, kind, call, tokens, **options):
     seen = []
 
     def keep(func, query, key, value, heads, *args, **kwargs):
-        apart = query, key
-        if not kwargs.get("skip_reshape"):
-            apart = (heads_apart(t, heads) for t in apart)
-        seen.append(host_oracle.attention_logits(*(t.double() for t in apart)))
+        apart = by_head((query.double(), key.double()), heads, kwargs)
+        seen.append(host_oracle.attention_logits(*apart))
         return func(query, key, value, heads, *args, **kwargs)
 
-    clone = model.clone()
-    clone.model_options["transformer_options"]["optimized_attention_override"] = keep
-    latents(clone, kind, **options)
+    sampled(attention_override(keep)(model), kind, **options)
     return seen[call][0, :, -tokens:]
 
 
@@ -133,8 +102,9 @@ def test_block_quantities_equal_dense_ones_and_are_lowered_by_the_blur(
     kind, block, call, heads, sigma, size, off
 ):
     """Of four heads two are measured, of chosen ones those alone."""
-    options = {"steps": 1, "cfg": 1.0} | ({"size": size} if kind == "sdxl" else {})
-    model, grid = model_of(kind), halved(size, 1)
+    latent = {"size": size} if kind == "sdxl" else {"shape": shape_of(kind, (4, 6), frames=1)}
+    options = {"steps": 1, "cfg": 1.0, **latent}
+    model, grid = exact_model(kind), halved(size, 1)
     queries = math.prod(grid)
     logits = attention_logits(model, kind, call, queries, **options)[heads]
     record, _ = recorded(seg(model, 3.0, sigma, blocks=block), kind, **options)
@@ -175,12 +145,11 @@ def test_steps_without_guidance_are_watched_too():
     assert len(record.steps) == 2
     assert record.branches == ()
     assert record.heat is None
-    assert torch.equal(samples, latents(shared_model(), steps=2))
+    assert torch.equal(samples, sampled(shared_model(), "sdxl", steps=2))
 
 
 def test_area_conds_and_several_samplers_are_recorded():
-    left = core_node("nodes", "ConditioningSetArea", conditioning(1), 32, 48, 0, 0, 1.0)
-    prompts = [*left, *conditioning(3)]
+    prompts = conditioning(1, area=(6, 4, 0, 0)) + conditioning(3)
     record, _ = recorded(seg(shared_model()), positive=prompts, sampler="heun", steps=2)
     assert len(record.steps) == 3  # heun evaluates twice a step, but the last
     assert all(step.branches[0].guidance > 0 for step in record.steps)
@@ -203,21 +172,61 @@ def test_chained_branches_of_every_side_are_told_apart():
 
 @pytest.mark.parametrize(*each(kind=["sdxl", "flux", "lumina2", "wan"], sigma=[1.3, math.inf]))
 def test_every_model_is_measured_and_left_as_it_is(kind, sigma):
-    model = seg(model_of(kind), 1.0, sigma)
+    model = seg(exact_model(kind), 1.0, sigma)
     record, samples = recorded(model, kind, steps=1)
-    assert torch.equal(samples, latents(model, kind, steps=1))
+    assert torch.equal(samples, sampled(model, kind, steps=1))
     (branch,) = record.steps[0].branches.values()
     assert branch.guidance > 0
     assert branch.blocks
+    flat = math.isinf(sigma) and kind != "wan"  # whose two frames have a mean each
     for block in branch.blocks.values():
-        assert block.blurred.variance < (1e-8 if sigma == math.inf else block.plain.variance)
+        assert block.blurred.variance < (1e-8 if flat else block.plain.variance)
 
 
 @pytest.mark.parametrize(*each(kind=["sdxl", "flux"], method=["TPG", "SLG", "PAG", "SAG"]))
 def test_every_method_is_recorded(kind, method):
-    record, _ = recorded(guide(method, model_of(kind), 2.0), kind, steps=2)
+    record, _ = recorded(guide(method, exact_model(kind), 2.0), kind, steps=2)
     passes = (0, 1) if method == "SAG" else (1, 0)
     for step in record.steps:
         (branch,) = step.branches.values()
         assert branch.guidance > 0
         assert (branch.joined, branch.whole) == passes
+
+
+# How much of a push a higher cfg would have done.
+
+
+def only_cross_attention(model):
+    """Let a tiny UNet's middle block do nothing but read the prompt, and no other block."""
+    with torch.no_grad():
+        for name, weight in model.model.diffusion_model.named_parameters():
+            writes = any(part in name for part in ("attn1.to_out", "attn2.to_out", ".ff.net.2"))
+            reads_the_prompt = name.startswith("middle_block") and "attn2" in name
+            if writes and (not reads_the_prompt or name.endswith("bias")):
+                weight.zero_()
+    return model
+
+
+def test_guidance_that_is_a_higher_cfg_is_known_as_one(caplog):
+    """Without its middle block the model does not see the prompt: SLG is cfg itself."""
+    caplog.set_level("INFO")
+    model = only_cross_attention(tiny_model("sdxl", dtype=torch.float64))
+    nothing = conditioning(2)
+    nothing[0][0] = torch.zeros_like(nothing[0][0])
+    nothing[0][1]["pooled_output"] = conditioning(1)[0][1]["pooled_output"]
+    options = {"negative": nothing, "steps": 3}
+    guided = sample(guide("SLG", model, scale=2.0), cfg=4.0, **options)
+    assert deviation(guided, sample(model, cfg=6.0, **options)) < 1e-6
+    assert "effective cfg 6 (0% of the push is beside cfg)" in caplog.text
+    caplog.clear()
+    sample(guide("SEG", model, blocks="d0", scale=2.0), cfg=1.0, **options)
+    assert "effective cfg" not in caplog.text, "there is no cfg to compare with"
+
+
+@pytest.mark.parametrize(*each(method=["SEG", "PAG", "SLG"]))
+def test_the_rest_of_the_push_is_reported(method, caplog):
+    caplog.set_level("INFO")
+    sample(guide(method, shared_model()), cfg=4.0)
+    (line,) = (m for m in caplog.messages if "effective cfg" in m)
+    share = float(line.partition("(")[2].partition("%")[0])
+    assert 20 < share <= 100

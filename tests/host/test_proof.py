@@ -12,8 +12,8 @@ from host_models import seg, shared_model, tiny_model
 from host_oracle import deviation
 from no_op import CFG, NOTHING, STEPS, nothing, run
 from reuse_checks import outcome, set_free_memory, warned
-from stand_ins import WRAPPERS, patched, wrapped
-from surroundings import attention_override, first_of_each_half
+from stand_ins import WRAPPERS, attention_override, patched, wrapped
+from surroundings import first_of_each_half
 
 
 @patched("attn2_patch")
@@ -31,12 +31,18 @@ def model_function(apply, args):
     return 1.05 * apply(args["input"], args["timestep"], **args["c"])
 
 
+@attention_override
+def keys_scaled(function, q, k, v, *args, **kwargs):
+    return function(q, 1.1 * k, v, *args, **kwargs)
+
+
 HARMLESS = {
     "attn2_patch": scaled,
     "input_block_patch": patched("input_block_patch")(lambda h, options: 1.05 * h),
     "output_block_patch": patched("output_block_patch")(lambda h, hsp, options: (h, 1.1 * hsp)),
     "a wrapper of the network": network_wrapped,
     "a wrapper of the model": model_function,
+    "an attention override": keys_scaled,
 }
 
 
@@ -52,31 +58,24 @@ def test_where_nothing_foreign_acts_a_step_is_one_run_of_the_network(guided, cfg
 
 
 def tiny_flux():
-    return seg(tiny_dit("flux", guidance_embed=False))
+    return tiny_dit("flux", guidance_embed=False, dtype=torch.float64)
 
 
 def test_where_nothing_foreign_acts_on_a_transformer_a_step_is_one_run_of_it():
-    assert run(tiny_flux(), cfg=1.0, kind="flux")[1] == [2] * STEPS
+    assert run(seg(tiny_flux()), cfg=1.0, kind="flux")[1] == [2] * STEPS
 
 
-@pytest.mark.parametrize("name", HARMLESS)
-def test_beside_code_that_takes_each_row_by_itself_a_run_has_two_further_calls_at_most(name):
-    around, steps = HARMLESS[name], 5
-    found, rows = run(around(seg(shared_model())), steps=steps)
-    whole, _ = run(around(seg(shared_model(), reuse=False)), steps=steps)
-    assert len(rows) <= steps + 2
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "sdxl") for name in HARMLESS), ("an attention override", "flux")]
+)
+def test_beside_code_that_takes_each_row_by_itself_a_run_has_two_further_calls_at_most(name, kind):
+    model = shared_model() if kind == "sdxl" else tiny_flux()
+    (found, rows), (whole, _) = (
+        run(HARMLESS[name](seg(model, reuse=reuse)), steps=5, kind=kind) for reuse in (True, False)
+    )
+    assert len(rows) <= 7
     assert rows[-3:] == [3, 3, 3], "joined in the end"
     assert deviation(found, whole) <= NOTHING
-
-
-def test_beside_harmless_code_a_transformer_runs_twice_more_at_most():
-    @attention_override
-    def harmless(function, q, k, v, *args, **kwargs):
-        return function(q, k, 1.1 * v, *args, **kwargs)
-
-    rows = run(harmless(tiny_flux()), cfg=1.0, kind="flux", steps=5)[1]
-    assert len(rows) <= 7
-    assert rows[-3:] == [2, 2, 2]
 
 
 # What it finds.

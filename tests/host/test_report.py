@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import statistics
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from host_models import PACK, conditioning, sample, seg, shared_model
+from host_models import PACK, conditioning, part, sample, seg, shared_model
+from stand_ins import patched
+from test_probe import probed, recorded
 
+pytestmark = pytest.mark.usefixtures("calm_previews")
 SIZE = (6, 10)
-
-
-def part(name):
-    return importlib.import_module(f"{PACK}.nodes.{name}")
-
-
-@pytest.fixture(autouse=True)
-def calm_previews(monkeypatch):
-    """Previews are files; the tests want none."""
-    preview = lambda image, cls: SimpleNamespace(as_dict=lambda: {"images": [image]})  # noqa: E731
-    monkeypatch.setattr(part("report").ui, "PreviewImage", preview)
-
-
-def probed(model):
-    """Return a watched clone and its probe, called as ComfyUI calls the node."""
-    return part("report").SEGuidanceProbe.execute(model)[:2]
 
 
 def latents(model, **options):
@@ -44,8 +29,7 @@ def report(model, image=None, **options):
 
 
 def record_of(model, **options):
-    watched, probe = probed(model)
-    return probe.record(latents(watched, **options))[0]
+    return recorded(model, size=SIZE, **options)[0]
 
 
 def words(record):
@@ -193,14 +177,13 @@ def test_a_latent_is_found_among_the_last_runs_and_not_among_older_ones():
 def test_a_run_that_fails_leaves_the_last_record():
     watched, probe = probed(seg(shared_model()))
     kept = latents(watched, steps=1)
-    broken = watched.clone()
 
-    def fail(args):
+    @patched("sampler_post_cfg_function")
+    def broken(args):
         raise RuntimeError("stopped")
 
-    broken.set_model_sampler_post_cfg_function(fail)
     with pytest.raises(RuntimeError, match="stopped"):
-        latents(broken, steps=1)
+        latents(broken(watched), steps=1)
     assert probe.record(kept)[1]
     assert probe.runs == 1
 

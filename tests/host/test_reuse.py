@@ -8,22 +8,9 @@ import node_helpers
 import pytest
 import torch
 from choice import each, pairs
-from host_models import (
-    conditioning,
-    noise_like,
-    sample,
-    seg,
-    shared_model,
-    tiny_model,
-)
+from host_models import conditioning, noise_like, sample, seg, shared_model, tiny_model
 from host_oracle import deviation
-from reuse_checks import (
-    ROUNDING,
-    both,
-    require_equal,
-    require_reference,
-    with_room_for,
-)
+from reuse_checks import ROUNDING, both, require_equal, require_reference, with_room_for
 
 SIZE = (8, 12)
 REUSE = (True, False)

@@ -29,7 +29,6 @@ from reuse_checks import (
 )
 from stand_ins import WRAPPERS, wrapped
 
-STEPS = 3
 PROMPTS = (conditioning(1), conditioning(2))
 
 
@@ -98,7 +97,7 @@ BLOCKS = ("d0", "middle", "u0", "u1")
 def test_a_controlnet_is_evaluated_once_and_acts_on_both_predictions(name, cfg, blocks):
     pair, calls = CONTROLS[name]()
     batch = 2 if name == "a hint for each image" else 1
-    settings = {"positive": pair[0], "negative": pair[1], "cfg": cfg, "steps": STEPS}
+    settings = {"positive": pair[0], "negative": pair[1], "cfg": cfg}
 
     def run(model):
         for one in calls:
@@ -113,7 +112,7 @@ def test_a_controlnet_is_evaluated_once_and_acts_on_both_predictions(name, cfg, 
     assert on.reasons == set()
     require_equal(on, off, bitwise=cfg == 1.0 and batch == 1)
     assert deviation(on.latents, plain.latents) > 1e-3
-    bare = outcome(seg(shared_model(), blocks=blocks), cfg=cfg, steps=STEPS, batch=batch)
+    bare = outcome(seg(shared_model(), blocks=blocks), cfg=cfg, batch=batch)
     assert deviation(on.latents, bare.latents) > 1e-3 or name == "strength 0"
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 
 import pytest
 import torch
 from choice import each, pairs
 from comfy.ldm.modules import attention
+from comfy_extras import nodes_hypertile
 from host_models import seg, shared_model, tiny_model
 from host_oracle import deviation
 from no_op import ACTS
 from reuse_checks import both, outcome, require_equal, require_reference
-from stand_ins import WRAPPERS, shipped, wrapped
+from stand_ins import WRAPPERS, context_windows, patched, shipped, wrapped
 
 REUSE = (True, False)
 ORDERS = ("before", "after")
@@ -88,8 +88,7 @@ def fixed_draws(monkeypatch):
         return torch.full(size, min(low + 1, high - 1), device=device)
 
     monkeypatch.setattr(torch, "randint", draw)
-    hypertile = importlib.import_module("comfy_extras.nodes_hypertile")
-    monkeypatch.setattr(hypertile, "randint", lambda low, high, size: draw(high, size, low))
+    monkeypatch.setattr(nodes_hypertile, "randint", lambda low, high, size: draw(high, size, low))
 
 
 @pytest.mark.usefixtures("fixed_draws")
@@ -157,14 +156,12 @@ def test_caches_of_steps(name, order, cfg):
     )
 )  # fmt: skip
 def test_context_windows_are_guided_window_by_window(schedule, order, reuse, fuse, cfg):
-    windows = shipped("context_windows", "ContextWindowsManualNode", 3, 1, schedule, 1, False, fuse,
-                      0, False)  # fmt: skip
+    windows = functools.partial(context_windows, fuse=fuse, length=3, overlap=1, schedule=schedule)
     require_reference(batch=5, size=(6, 4), cfg=cfg, reuse=reuse, **{order: windows})
 
 
 def attention_by_label(model):
     """As regional attention: a replacement that takes the rows of each label for themselves."""
-    model = model.clone()
 
     def replacement(q, k, v, extra):
         labels = extra["cond_or_uncond"]
@@ -175,7 +172,7 @@ def attention_by_label(model):
         ])  # fmt: skip
 
     for layer in (0, 1):
-        model.set_model_attn1_replace(replacement, "middle", 0, layer)
+        model = patched("attn1_replace", "middle", 0, layer)(replacement)(model)
     return model
 
 

@@ -10,18 +10,16 @@ import pytest
 import torch
 from choice import each, some
 from comfy.ldm.modules.attention import optimized_attention
-from comfy_extras.nodes_sag import SelfAttentionGuidance
-from dit_oracle import CORE, exact_dit, sampled
+from dit_models import sampled
+from dit_oracle import CORE, exact_model
 from family_oracle import blurred_where_attended, drawn, guide
-from host_models import conditioning, context_windows, counted_calls, sample, shared_model
+from host_models import conditioning, counted_calls, sample, shared_model
 from host_oracle import deviation, heads_apart
+from stand_ins import context_windows, patched, shipped
 
 sag = functools.partial(guide, "SAG", scale=0.5)
+core_sag = shipped("sag", "SelfAttentionGuidance", 0.5, 2.0)
 SIZE = (16, 16)
-
-
-def core_sag(model, scale=0.5, sigma=2.0):
-    return SelfAttentionGuidance.execute(model, scale, sigma)[0]
 
 
 @pytest.mark.parametrize(*each(kind=["sd15", "sdxl"], batch=[1, 2]))
@@ -82,15 +80,14 @@ def enlarged(mass, size):
 def recorded(model, seen):
     """Return a model that notes the attention of its middle block, and the window it was in."""
 
+    @patched("attn1_replace", "middle", 0, 0)
     def record(q, k, v, extra):
         heads = extra["n_heads"]
         mass = drawn(heads_apart(q, heads), heads_apart(k, heads))
         seen.append((mass, extra.get("context_window")))
         return optimized_attention(q, k, v, heads)
 
-    model = model.clone()
-    model.set_model_attn1_replace(record, "middle", 0, 0)
-    return model
+    return record(model)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (36, 4), (9, 13)])
@@ -120,14 +117,13 @@ def test_areas_use_the_mask_of_their_own_prompt():
 
 @pytest.mark.parametrize("kind", ["sdxl", *CORE])
 def test_a_threshold_of_nothing_blurs_everywhere_and_a_high_one_nowhere(kind, caplog):
-    if kind == "sdxl":
-        model, run = shared_model(), functools.partial(sample, steps=1, cfg=1.0)
-    else:
-        model, run = exact_dit(kind), functools.partial(sampled, kind=kind, steps=1, cfg=1.0)
-    everywhere, low, middle, high, plain = map(
-        run,
-        (sag(model, mask="everywhere"), sag(model, threshold=0.0), sag(model),
-         sag(model, threshold=100.0), model),
+    model = exact_model(kind)
+    everywhere, low, middle, high, plain = (
+        sampled(guided, kind, steps=1, cfg=1.0)
+        for guided in (
+            sag(model, mask="everywhere"), sag(model, threshold=0.0), sag(model),
+            sag(model, threshold=100.0), model,
+        )
     )  # fmt: skip
     assert deviation(low, everywhere) < 1e-5
     assert deviation(middle, everywhere) > 1e-3
@@ -172,6 +168,7 @@ SHARES = {
 }
 
 
+@patched("attn1_patch")
 def sharper_later(n, context, value, extra):
     """A patch of another node by which windows disagree on the frames that they share."""
     return n * (1.0 + 2.0 * extra["context_window"].index_list[0]), context, value
@@ -180,9 +177,7 @@ def sharper_later(n, context, value, extra):
 @pytest.mark.parametrize("fuse", some(SHARES, "pyramid", "overlap-linear"))
 def test_each_windows_attention_is_weighed_as_its_prediction(fuse):
     """The attention to a clip is what the host makes of the windows' attention."""
-    seen, frames = [], 7
-    model = shared_model().clone()
-    model.set_model_attn1_patch(sharper_later)
+    seen, frames, model = [], 7, sharper_later(shared_model())
 
     def attention():
         total, weights = torch.zeros(frames, 1, *SIZE), torch.zeros(frames, 1, 1, 1)

@@ -29,6 +29,7 @@ from strange_guiders import (
     HandsInTheModelsOptions,
     HandsOnZeros,
     RunsFunctionsTwice,
+    RunsNoWrappers,
     ShowsItsResult,
     SkipsByItself,
     in_place,
@@ -71,6 +72,16 @@ def test_a_guider_of_another_pack_is_pushed_nowhere_by_nothing(name, cfg, reuse)
     assert deviation(found, alone(name, cfg)) > ACTS
     whole = run(around(seg(shared_model(), reuse=not reuse)))
     assert deviation(found, whole) <= NOTHING
+
+
+@pytest.mark.parametrize(
+    ("method", "widgets"), [("SEG", {}), ("TPG", {}), ("SLG", {"blocks": "random"})]
+)
+def test_a_guider_that_runs_no_wrappers_of_the_host_is_guided_too(method, widgets):
+    """What is drawn anew in each step is drawn as under other guiders."""
+    guided = guide(method, shared_model(), **widgets)
+    found, expected = (sampled_by(one, guided, steps=4) for one in (RunsNoWrappers, CFGGuider))
+    assert deviation(found, expected) <= NOTHING
 
 
 @pytest.mark.parametrize("guider", [ShowsItsResult, ByHand])
@@ -123,7 +134,7 @@ JOINED = {
 @pytest.mark.parametrize(("make", "settings", "joined"), JOINED.values(), ids=JOINED)
 def test_no_rows_join_a_guider_s_own_skipped_prediction(make, settings, joined, caplog):
     caplog.set_level("INFO")
-    with network_runs(settings.get("kind", "unet")) as rows:
+    with network_runs(settings.get("kind", "sdxl")) as rows:
         sampled_by(SkipsByItself, make(), **settings)
     assert rows == [joined, 1] * STEPS
     assert warned(caplog) == []

@@ -9,8 +9,8 @@ import pytest
 import surroundings as code
 import torch
 from choice import each
-from dit_models import available, prompt, sample_dit, tiny_dit
-from dit_oracle import float64_rotary, shape_of
+from dit_models import available, prompt, sampled, shape_of
+from dit_oracle import exact_model
 from family_oracle import guide, transformer_blocks
 from host_models import noise_like, sample, shared_model
 from host_oracle import deviation
@@ -52,30 +52,14 @@ FIRST_CASES = [(name, *cases[0]) for name, (_, _, cases) in CODES.items()]
 
 
 @functools.cache
-def model_of(kind):
-    """Return a tiny model in float64 that tests share; clone it, never change it."""
-    return shared_model(kind) if kind == "sdxl" else tiny_dit(kind, dtype=torch.float64)
-
-
-def sampling(kind, cfg, batch=1, **settings):
-    """Return what samples from a model of a kind."""
-    if kind == "sdxl":
-        return functools.partial(sample, size=(6, 8), cfg=cfg, batch=batch, **settings)
-
-    def run(model):
-        with float64_rotary():
-            return sample_dit(model, kind, shape_of(kind, (3, 4), batch=batch), cfg=cfg, **settings)
-
-    return run
-
-
-@functools.cache
 def alone(name, cfg, batch):
     """Return the latents beside some code, without guidance; the code must act."""
     kind, around, _ = CODES[name]
-    run = sampling(kind, cfg, batch)
-    latents = run(around(model_of(kind)))
-    assert deviation(latents, run(model_of(kind))) > ACTS
+    latents, unaffected = (
+        sampled(model, kind, cfg=cfg, batch=batch)
+        for model in (around(exact_model(kind)), exact_model(kind))
+    )
+    assert deviation(latents, unaffected) > ACTS
     return latents
 
 
@@ -90,7 +74,7 @@ def one_call_or_the_first(case, reuse):
 def test_code_that_is_right_for_the_plain_batch_alone_is_pushed_nowhere(case, reuse):
     name, cfg, batch = case
     kind, around, _ = CODES[name]
-    run, model = sampling(kind, cfg, batch), model_of(kind)
+    run, model = functools.partial(sampled, kind=kind, cfg=cfg, batch=batch), exact_model(kind)
     for guided in (around(nothing(model, reuse)), hardly(around(model), reuse=reuse)):
         found = refused_or_latents(run, guided)
         if found is None:
@@ -124,7 +108,8 @@ IN_THE_BLOCK = {
 def test_code_in_a_changed_block_gives_an_exact_result_or_a_refusal(method, around, cfg):
     name, widgets = METHODS[method]
     no_op = {"scale": 3.0, "strength": 1e-12} if name == "PAG" else {"scale": 1e-6}
-    run, beside = sampling("sdxl", cfg, batch=2), IN_THE_BLOCK[around](shared_model())
+    run = functools.partial(sampled, kind="sdxl", cfg=cfg, batch=2)
+    beside = IN_THE_BLOCK[around](shared_model())
     unguided, found = run(beside), []
     for reuse in (True, False):
         still = guide(name, beside, reuse=reuse, **{**widgets, **no_op})
@@ -154,14 +139,14 @@ def first_frame(shape):
 @pytest.mark.parametrize(*each(is_video=(False, True), reuse=(True, False)))
 def test_a_masked_prompt_and_a_given_first_frame_of_hunyuan_video(is_video, reuse):
     kind, padded = "hunyuan_video", torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
-    settings = {"cond": {"attention_mask": padded}}
+    settings = {"cfg": 4.0 if is_video else 1.0, "cond": {"attention_mask": padded}}
     if is_video:
-        shape = shape_of(kind, (3, 4))
+        shape = shape_of(kind)
         positive = prompt(kind, shape, 1, guiding_frame_index=0, attention_mask=padded)
         settings |= {"positive": positive, **first_frame(shape)}
-    run = sampling(kind, 4.0 if is_video else 1.0, **settings)
-    unguided = run(model_of(kind))
-    assert deviation(run(nothing(model_of(kind), reuse)), unguided) <= NOTHING
+    model = exact_model(kind)
+    still, unguided = (sampled(m, kind, **settings) for m in (nothing(model, reuse), model))
+    assert deviation(still, unguided) <= NOTHING
 
 
 # Functions in the place of a block's own, which name its arguments otherwise.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy import model_management
+from comfy.sample import prepare_noise
 from family_oracle import guide
-from host_models import PACK, conditioning, counted_calls, sample, seg, shared_model
+from host_models import conditioning, counted_calls, part, sample, seg, shared_model
 
+pytestmark = pytest.mark.usefixtures("calm_previews")
 SIZE = (6, 10)
-
-
-def part(name):
-    return importlib.import_module(f"{PACK}.nodes.{name}")
 
 
 class FlatVAE:
@@ -24,13 +21,6 @@ class FlatVAE:
     def decode(self, samples):
         shown = samples[:, :3].float().sigmoid().repeat_interleave(8, 2).repeat_interleave(8, 3)
         return shown.movedim(1, -1)
-
-
-@pytest.fixture(autouse=True)
-def calm_previews(monkeypatch):
-    """Previews are files; the tests want none."""
-    preview = lambda image, cls: SimpleNamespace(as_dict=lambda: {"images": [image]})  # noqa: E731
-    monkeypatch.setattr(part("sweep").ui, "PreviewImage", preview)
 
 
 def compare(sigmas="off, infinite", scales="3", *, model=None, batch=1, cfg=4.0, steps=1, **more):
@@ -45,7 +35,7 @@ def compare(sigmas="off, infinite", scales="3", *, model=None, batch=1, cfg=4.0,
 
 def require_those_of_nodes(images, models, steps=1):
     """Require that the images are what each of the models makes by itself."""
-    noise = importlib.import_module("comfy.sample").prepare_noise(torch.zeros(1, 4, *SIZE), 5)
+    noise = prepare_noise(torch.zeros(1, 4, *SIZE), 5)
     for image, model in zip(images, models, strict=True):
         samples = sample(model, size=SIZE, noise=noise, cfg=4.0, steps=steps, seed=5)
         expected = FlatVAE().decode(samples)[0].float()
@@ -148,9 +138,8 @@ def test_progress_runs_once_over_all_images(monkeypatch):
 
 
 def test_it_can_be_interrupted():
-    management = importlib.import_module("comfy.model_management")
-    management.interrupt_current_processing(True)
-    with pytest.raises(management.InterruptProcessingException):
+    model_management.interrupt_current_processing(True)
+    with pytest.raises(model_management.InterruptProcessingException):
         compare()
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 
-import comfy.model_patcher
+import comfy.model_base as model_base
 import comfy.supported_models as supported
 import pytest
 import torch
 from choice import each
 from comfy.samplers import CFGGuider
-from dit_models import latent_shape, sample_dit, tiny_dit
+from dit_models import sampled, tiny_dit
 from family_oracle import guide
 from host_models import (
     conditioning,
     counted_calls,
     noise_like,
+    patcher_of,
     sample,
     seg,
     shared_model,
@@ -143,7 +143,7 @@ def test_blur_everywhere_takes_pictures_and_videos_for_no_sound_whatever_their_n
         (in_the_family_s_place("flux"), "flux"),
     ):
         guided = guide("SAG", model, 0.5, mask="everywhere", blur_sigma=1.0)
-        found, plain = (sample_dit(each, kind, latent_shape(kind)) for each in (guided, model))
+        found, plain = (sampled(each, kind) for each in (guided, model))
         assert deviation(found, plain) > ACTS
 
 
@@ -152,7 +152,6 @@ SOUNDS = {"ACEStep": (8, 16, 12), "ACEStep15": (64, 12), "StableAudio": (64, 12)
 
 def sound_model(name, monkeypatch):
     """Return a model of the host's class for sound, around a network that needs no prompt."""
-    model_base = importlib.import_module("comfy.model_base")
     config = getattr(supported, name)({"audio_model": "ace"})
     config.unet_config = {"disable_unet_model_creation": True, "dtype": torch.float32}
     config.manual_cast_dtype = None
@@ -163,8 +162,7 @@ def sound_model(name, monkeypatch):
         model = config.get_model({})
     monkeypatch.setattr(type(model), "extra_conds", model_base.BaseModel.extra_conds)
     model.diffusion_model = ForeignNetwork()
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    return patcher_of(model)
 
 
 @pytest.mark.parametrize("name", SOUNDS)

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from dit_models import sample_dit, tiny_dit
-from dit_oracle import shape_of
+from dit_models import sampled, tiny_dit
 from family_oracle import guide
 from host_models import sample, seg, shared_model, tiny_model
 from host_oracle import deviation
@@ -121,13 +120,13 @@ def test_a_transformer_that_no_longer_hands_its_options_on_warns(kind, monkeypat
         return original(*args, **kwargs)
 
     monkeypatch.setattr(sys.modules[module], name, attention)
-    sample_dit(seg(tiny_dit(kind)), kind, shape_of(kind, (3, 4)))
+    sampled(seg(tiny_dit(kind)), kind)
     assert sum("never reached" in message for message in warned(caplog)) == 1
 
 
 def test_another_node_that_skips_the_block_is_a_warning(caplog):
     skipping = patched("patch_replace", "dit", "double_block", 1)(lambda args, extra: args)
-    sample_dit(seg(skipping(tiny_dit("flux")), blocks="double.1"), "flux", shape_of("flux", (3, 4)))
+    sampled(seg(skipping(tiny_dit("flux")), blocks="double.1"), "flux")
     assert "block double.1 was never reached" in caplog.text
 
 

@@ -8,15 +8,10 @@ import pytest
 import torch
 from choice import each, pairs
 from family_oracle import guide
-from host_models import context_windows, noise_like, sample, shared_model
-from host_oracle import (
-    blur_map,
-    deviation,
-    deviation_of_node,
-    guided_by_attention,
-    halved,
-)
+from host_models import noise_like, sample, shared_model
+from host_oracle import blur_map, deviation, deviation_of_node, guided_by_attention, halved
 from reuse_checks import require_reference
+from stand_ins import context_windows
 
 # Latent size and frames; the middle grid has half the size. Frames may equal the grid's tokens.
 CLIPS = {
