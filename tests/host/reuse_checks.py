@@ -28,14 +28,12 @@ class Outcome:
     Attributes:
         shared: perturbed predictions that were made in the plain call of the model.
         full: those that took a pass of their own, by reason.
-        controls: ControlNets that were evaluated for them.
         latents: of one run.
         evaluated: the rows that each block of a UNet evaluated in it.
     """
 
     shared: int = 0
     full: Counter = field(default_factory=Counter)
-    controls: int = 0
     latents: torch.Tensor | None = None
     evaluated: Counter = field(default_factory=Counter)
 
@@ -56,7 +54,6 @@ def reported():
     original = report_class.finish
 
     def finish(self, states):
-        counts.controls += self.controls_evaluated
         for state in states:
             counts.shared += state.joined
             counts.full.update(state.whole)

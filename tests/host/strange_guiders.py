@@ -12,7 +12,7 @@ from stand_ins import patched
 LATENT = (1, 4, 6, 8)
 
 
-def sampled_by(guider_class, model, *, cfg=4.0, steps=3, kind="sdxl", sampler=None):
+def sampled_by(guider_class, model, *, cfg=4.0, steps=3, kind="sdxl", sampler=None, sigmas=None):
     """Sample by a guider, as `SamplerCustomAdvanced` does, and return the latents.
 
     Args:
@@ -22,13 +22,15 @@ def sampled_by(guider_class, model, *, cfg=4.0, steps=3, kind="sdxl", sampler=No
         steps: how many.
         kind: of the model: `sdxl`, or a key of `TINY`.
         sampler: Euler's if None.
+        sigmas: noise levels; by the simple schedule if None.
     """
     shape = LATENT if kind == "sdxl" else shape_of(kind)
     guider = guider_class(model)
     guider.set_conds(*(_prompt(kind, shape, seed) for seed in (1, 2)))
     guider.set_cfg(cfg)
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)
+    if sigmas is None:
+        sampling = model.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", steps)
     sampler = sampler or comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
         return guider.sample(noise_like(shape), torch.zeros(shape), sampler, sigmas)

@@ -30,6 +30,8 @@ SAMPLERS = ["euler", "heun", "dpm_2", "res_multistep", "euler_ancestral", "dpmpp
 def held_by_hand(model, every, scale=1.0, place=lambda args: None):
     """Return a model guided by SLG whose difference is computed in every n-th evaluation.
 
+    It is computed, too, where the noise level is above that of the held one.
+
     Args:
         model: the model to guide.
         every: one in so many evaluations of a place.
@@ -37,19 +39,20 @@ def held_by_hand(model, every, scale=1.0, place=lambda args: None):
         place: which part of the latent an evaluation is of.
     """
     modules = transformer_blocks(model, ("m", 0, 0), ("m", 0, 1))
-    held, counts = {}, {}
+    held, levels, uses = {}, {}, {}
 
     @patched("sampler_post_cfg_function")
     def guided(args):
         at, sigma = place(args), args["sigma"].double()[:, None, None, None]
-        counts[at] = counts.get(at, 0) + 1
-        if (counts[at] - 1) % every == 0:
+        uses[at] = uses.get(at, 0) + 1
+        if at not in held or uses[at] == every or sigma.max() > 1.001 * levels[at]:
             with skipped(modules):
                 (bad,) = comfy.samplers.calc_cond_batch(
                     args["model"], [args["cond"]], args["input"], args["sigma"],
                     args["model_options"],
                 )  # fmt: skip
-            held[at] = (bad - args["cond_denoised"]).double() / sigma
+            noise = (bad - args["cond_denoised"]).double() / sigma
+            held[at], levels[at], uses[at] = noise, sigma.max(), 0
         return args["denoised"] - scale * (held[at] * sigma).to(args["denoised"])
 
     return guided(model)
@@ -144,6 +147,18 @@ def test_each_tile_holds_a_difference_of_its_own(sampler):
         for model in (guide("SLG", shared_model(), every=2), theirs)
     )
     assert deviation(found, expected) < EXACT
+
+
+def test_where_the_noise_rises_above_that_of_a_held_difference_it_is_computed(caplog):
+    """As in schedules that restart: scaled up from the last details it would grow without bound."""
+    caplog.set_level("INFO")
+    sigmas = torch.tensor([3.0, 0.3, 0.03, 9.0, 2.0, 0.1, 0.0])
+    found, expected = (
+        sampled_by(comfy.samplers.CFGGuider, model, sigmas=sigmas)
+        for model in (guide("SLG", shared_model(), every=8), held_by_hand(shared_model(), 8))
+    )
+    assert deviation(found, expected) < EXACT
+    assert "2 in the same model call, 0 in extra passes, 4 held, " in caplog.text
 
 
 def test_where_other_prompts_become_active_the_difference_is_computed(caplog):

@@ -108,7 +108,6 @@ def test_a_controlnet_is_evaluated_once_and_acts_on_both_predictions(name, cfg, 
     on, as_often = run(seg(shared_model(), blocks=blocks))
     off, more = run(seg(shared_model(), blocks=blocks, reuse=False))
     assert as_often == once < more
-    assert on.controls == 0
     assert on.reasons == set()
     require_equal(on, off, bitwise=cfg == 1.0 and batch == 1)
     assert deviation(on.latents, plain.latents) > 1e-3
@@ -128,7 +127,7 @@ def test_a_t2i_adapter(monkeypatch, middle, blocks, cut):
     if cut:
         model = with_room_for(monkeypatch, 4, model)
     on, off = both(lambda: model, options={"blocks": blocks}, **settings)
-    assert (on.shared, on.reasons, on.controls) == (3, set(), 0)
+    assert (on.shared, on.reasons) == (3, set())
     require_equal(on, off)
     bare = outcome(seg(model, blocks=blocks), **settings | {"positive": PROMPTS[0] * 2})
     assert deviation(on.latents, bare.latents) > 1e-3
@@ -152,7 +151,6 @@ def test_conds_cut_in_several_calls(monkeypatch, conds):
     cut = functools.partial(with_room_for, monkeypatch, conds, shared_model())
     on, off = both(cut, positive=pair[0], negative=pair[1])
     assert sum(calls) == 3 * 3 + 3 * (3 + 2)
-    assert on.controls == 0
     require_equal(on, off)
 
 

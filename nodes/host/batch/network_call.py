@@ -23,25 +23,21 @@ _OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class NetworkCall:
     """One run of a network or a block: what it is given, and how to run it.
 
-    Where its `forward` does not name its arguments, they are ``argument 0`` and so on.
+    Attributes:
+        arguments: by name, positional ones first; where its `forward` does not name them, they are
+            ``argument 0`` and so on.
     """
 
-    def __init__(
-        self, run: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], names: list[str]
-    ) -> None:
+    def __init__(self, run: Callable[..., Any], arguments: dict[str, Any], positional: int) -> None:
         self._run = run
-        self._args = args
-        self._kwargs = kwargs
-        self._names = names
+        self._positional = positional
+        self.arguments = arguments
 
     def run(self) -> Any:
         """Run it."""
-        return self._run(*self._args, **self._kwargs)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments by name."""
-        return {**dict(zip(self._names, self._args, strict=True)), **self._kwargs}
+        given = [*self.arguments.items()]
+        args = [value for _, value in given[: self._positional]]
+        return self._run(*args, **dict(given[self._positional :]))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -60,10 +56,9 @@ class NetworkCall:
 
     def replaced(self, **changes: Any) -> NetworkCall:
         """Return the same call with other arguments."""
-        args = [changes.pop(n, v) for n, v in zip(self._names, self._args, strict=True)]
-        return NetworkCall(self._run, args, {**self._kwargs, **changes}, self._names)
+        return NetworkCall(self._run, {**self.arguments, **changes}, self._positional)
 
-    def part(self, rows: list[int] | slice) -> NetworkCall:
+    def part(self, rows: slice) -> NetworkCall:
         """Return the same call for some rows of its batch."""
         batch = self.rows
         return self.mapped(lambda t: t[rows] if t.ndim and t.shape[0] == batch else t)
@@ -142,7 +137,8 @@ def exchanged(module: Any, name: str, handle: Handler) -> Iterator[None]:
 
     @functools.wraps(forward)
     def instead(*args: Any, **kwargs: Any) -> Any:
-        return handle(NetworkCall(run, [*args], kwargs, _names(forward, method, args)))
+        named = zip(_names(forward, method, args), args, strict=True)
+        return handle(NetworkCall(run, {**dict(named), **kwargs}, len(args)))
 
     setattr(module, name, instead)
     try:

@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-Key = tuple[Any, Hashable, Hashable]
-"""Whose prediction it is, identity of the cond, part of a long latent."""
-
 
 class PrivateUuid(NamedTuple):
     """The identity of a cond in one owner's predictions, so that caches tell them apart."""
@@ -27,9 +24,8 @@ class PrivateUuid(NamedTuple):
     original: Hashable
 
 
-def original_uuid(uuid: Hashable) -> Hashable:
-    """Return the identity of the cond that a private one stands for."""
-    return uuid.original if isinstance(uuid, PrivateUuid) else uuid
+Key = tuple[Any, Hashable]
+"""What a prediction is known by: private identity of its cond, part of a long latent."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +33,24 @@ class Join:
     """One cond's rows of one perturbed prediction.
 
     Attributes:
-        key: whose prediction it is, and of which cond.
+        uuid: its identity for other nodes: whose prediction it is, and of which cond.
+        window: the part of a long latent that it is of.
         chunk: the cond's place among those of the call.
         fork: number of the block from which on its rows differ from the cond's own.
         passes: they skip blocks; among those with the same fork they go last, so that the rows
             that a skipped block computes are neighbours.
     """
 
-    key: Key
+    uuid: PrivateUuid
+    window: Hashable
     chunk: int
     fork: int
     passes: bool = False
 
     @property
-    def owner(self) -> Any:
-        """Return whose prediction it is."""
-        return self.key[0]
-
-    @property
-    def uuid(self) -> PrivateUuid:
-        """Return its identity for other nodes."""
-        return PrivateUuid(*self.key[:2])
+    def key(self) -> Key:
+        """Return what the prediction is kept under."""
+        return self.uuid, self.window
 
 
 class Rows:

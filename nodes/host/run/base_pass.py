@@ -14,19 +14,18 @@ from ....seg_core import Target
 from ..batch.active import ActivePerturbation
 from ..batch.call import Call
 from ..batch.network_call import NetworkCall, intercepted
-from ..batch.rows import Rows
+from ..batch.rows import Join, PrivateUuid, Rows
 from ..batch.trees import joined, map_tensors
 from ..batch.widening import widening
-from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
 from .compat import foreign_code, may_mix_rows, patches_in
 from .joining import (
+    FINAL,
     Batch,
     batches_of,
     cause_of,
     equal_within_rounding,
     free_on,
-    is_final,
     random_numbers,
 )
 from .saliency import request
@@ -76,25 +75,23 @@ class BasePass:
 
     def _run(self, call: Call, batches: list[Batch], foreign: Foreign, inner: NetworkCall) -> Any:
         """Run the network; rows join where that goes well, and nothing else changes by it."""
-        alone = [Batch(call, [])]
+        alone = Batch(call)
         # Another node may part or repeat the rows inside of the call.
         if not batches or inner.rows != len(call.x):
-            return self._run_batches(alone, inner)
+            return self._run_batch(alone, inner)
         # Wrappers of the network may have put patches there since.
         foreign = (foreign | patches_in(inner.options)) - self.run.proved
         if foreign:
             return self._proved(call, batches, foreign, inner)
         out = self._attempted(batches, inner)
-        return self._run_batches(alone, inner) if out is None else out
+        return self._run_batch(alone, inner) if out is None else out
 
-    def _attempted(self, batches: list[Batch], inner: NetworkCall, *, measures: bool = True) -> Any:
+    def _attempted(self, batches: list[Batch], inner: NetworkCall) -> Any:
         """Run the network with the rows that join it; if it fails, return None and join no more."""
         try:
-            return self._run_batches(batches, inner, measures=measures)
-        except GuidanceError:
-            raise
+            return self._run_batches(batches, inner)
         except Exception as error:
-            if is_final(error):
+            if isinstance(error, FINAL):
                 raise
             self._give_up(batches, f"the model call failed with them ({cause_of(error)})")
         return None
@@ -108,17 +105,16 @@ class BasePass:
         """
         run = self.run
         draw_again = random_numbers(call.x.device)
-        out = self._run_batches([Batch(call, [])], inner.mapped(torch.clone))
+        out = self._run_batch(Batch(call), inner.mapped(torch.clone))
         if run.memory.observe(call.model.diffusion_model):
             run.obstacle = "another node's code keeps what the network computes"
             self._explain(batches, run.obstacle)
             return out
         draw_on = random_numbers(call.x.device)
         draw_again()
-        wide = self._attempted([self._witnessed(one) for one in batches], inner, measures=False)
+        wide = self._attempted([self._witnessed(one) for one in batches], inner)
         if wide is not None and self._is_same(call, wide, out, inner):
             run.proved |= foreign
-            run.mixes = bool(run.mixes)
         elif wide is not None:
             self._give_up(batches, "the rows of a batch depend on each other")
         draw_on()
@@ -128,11 +124,11 @@ class BasePass:
         """Return a batch which rows join without a perturbation, too."""
         witnesses = {}
         for join in sorted(batch.joins, key=lambda one: one.fork):
-            _, uuid, window = join.key
+            uuid = join.uuid.original
             if not free_on(self.step, uuid):
-                own = replace(join, key=(_WITNESS, uuid, window), passes=False)
+                own = replace(join, uuid=PrivateUuid(_WITNESS, uuid), passes=False)
                 witnesses.setdefault(join.chunk, own)
-        return Batch(batch.call, [*batch.joins, *witnesses.values()])
+        return Batch(batch.call, [*batch.joins, *witnesses.values()], measures=False)
 
     def _is_same(self, call: Call, wide: Any, alone: Any, inner: NetworkCall) -> bool:
         """Tell whether base rows and witnesses came out as in the call that the host made."""
@@ -141,18 +137,18 @@ class BasePass:
         for chunk, uuid in enumerate(call.uuids):
             rows = call.rows(chunk)
             source = map_tensors(lambda t, rows=rows: t[rows], alone)
-            for kept in self.step.precomputed.take((_WITNESS, uuid, call.window)):
+            for kept in self.step.precomputed.take((PrivateUuid(_WITNESS, uuid), call.window)):
                 same = same and equal_within_rounding(kept.out, source, dtype)
         return same
 
     def _give_up(self, batches: list[Batch], why: str) -> None:
         """Let no more rows join in this run, keep none of these, and say why."""
-        joins = [join for batch in batches for join in batch.joins if join.owner is not _WITNESS]
-        self.run.stop_joining(why)
+        joins = [join for batch in batches for join in batch.joins if not _is_witness(join)]
+        self.run.obstacle = why
         for join in joins:
             self.step.precomputed.take(join.key)
         self._explain(batches, why)
-        labels = dict.fromkeys(join.owner.perturbation.label for join in joins)
+        labels = dict.fromkeys(join.uuid.owner.perturbation.label for join in joins)
         self.run.report.warn_once(
             f"{', '.join(labels)}: perturbed rows cannot share a model call beside "
             f"other nodes here, because {why}. The rest of this run makes extra passes instead, "
@@ -163,23 +159,21 @@ class BasePass:
         """Note why rows that were to join a call are not kept, where they are not."""
         self.step.precomputed.explain((join for one in batches for join in one.joins), why)
 
-    def _run_batches(
-        self, batches: list[Batch], inner: NetworkCall, *, measures: bool = True
-    ) -> Any:
+    def _run_batches(self, batches: list[Batch], inner: NetworkCall) -> Any:
         """Run the network, in one batch or several."""
         if len(batches) == 1:
-            return self._run_batch(batches[0], inner, measures)
+            return self._run_batch(batches[0], inner)
         outs = []
         first = 0
         for batch in batches:
             rows = slice(first, first + len(batch.call.x))
             labels = {n: batch.call.options[n] for n in ("uuids", "cond_or_uncond")}
             own = inner.part(rows).replaced(transformer_options={**inner.options, **labels})
-            outs.append(self._run_batch(batch, own, measures))
+            outs.append(self._run_batch(batch, own))
             first = rows.stop
         return joined(outs)
 
-    def _run_batch(self, batch: Batch, inner: NetworkCall, measures: bool) -> Any:
+    def _run_batch(self, batch: Batch, inner: NetworkCall) -> Any:
         """Run the network with the rows that join it, and keep those."""
         call, network = batch.call, self.run.network(batch.call)
         rows = Rows(inner.rows, len(call.uuids), batch.joins)
@@ -190,7 +184,7 @@ class BasePass:
 
         with ExitStack() as stack:
             states = [state for state in self.step.active if state.branch.needs_saliency]
-            measured = [request(state, self.step, call) for state in states if measures]
+            measured = [request(state, self.step, call) for state in states if batch.measures]
             options = dict(inner.options)
             if active or measured:
                 changes = list(active.values())
@@ -211,19 +205,18 @@ class BasePass:
         where: dict[BranchState, list[slice]] = {}
         for state in self.step.active:
             if state.branch.side == "free" and not state.unreachable:
-                wanted = self.step.wanted(state)
-                own = [n for n, uuid in enumerate(call.uuids) if uuid in wanted]
+                own = [n for n, uuid in enumerate(call.uuids) if uuid in state.wanted]
                 where[state] = [call.rows(n) for n in own if rows.plain == len(call.x)]
                 self.step.perturbed.update(call.uuids[n] for n in own if where[state])
             else:
-                joins = [join for join in rows.joins if join.owner is state.branch]
+                joins = [join for join in rows.joins if join.uuid.owner is state.branch]
                 where[state] = [rows.of(join) for join in joins]
         return {state: self.run.perturbed(state, own) for state, own in where.items() if own}
 
     def _kept(self, call: Call, inner: NetworkCall, rows: Rows, out: Any) -> Any:
         """Keep the rows that joined a call, and return the others."""
         for join in rows.joins:
-            if join.owner is not _WITNESS and not self.run.state(join.owner).hits:
+            if not _is_witness(join) and not self.run.state(join.uuid.owner).hits:
                 self.step.precomputed.explain([join], "its blocks were not reached")
                 continue
             own = rows.of(join)
@@ -231,3 +224,7 @@ class BasePass:
             kept = Prediction(part, inputs_of(inner, call.rows(join.chunk)))
             self.step.precomputed.keep(join.key, kept)
         return map_tensors(lambda t: t[: rows.plain], out)
+
+
+def _is_witness(join: Join) -> bool:
+    return join.uuid.owner is _WITNESS

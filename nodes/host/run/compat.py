@@ -32,8 +32,7 @@ def foreign_code(call: Call) -> frozenset[Hashable]:
     is the same one.
     """
     methods = exchanged_methods(call.model.diffusion_model).items()
-    patcher = getattr(call.model, "current_patcher", None)
-    parts = getattr(patcher, "object_patches", {}).items()
+    parts = call.model.current_patcher.object_patches.items()
     exchanged = (n for n, v in parts if n.startswith("diffusion_model") and not is_compiled(v))
     own = ((name, _code(value)) for name, value in methods)
     return patches_in(call.options).union(own, exchanged)

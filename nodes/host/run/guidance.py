@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import comfy.samplers
 import torch
 
-from ....seg_core import apply_guidance
+from ....seg_core import apply_guidance, effective_cfg
 from ..batch.call import KEY
 from ..settings.branch import Branch
 from ..settings.errors import GuidanceError
@@ -49,20 +49,21 @@ class Guidance:
             if pause.args:
                 run.report.warn_once(f"{state.label} pauses: {pause}.")
             return args["denoised"]
-        uncond = args["uncond_denoised"]
+        denoised, cond, uncond = args["denoised"], args["cond_denoised"], args["uncond_denoised"]
+        if args["uncond"] is None or not torch.is_tensor(uncond):
+            uncond = None  # guiders without one hand on a number, or the cond in its place
         guided = apply_guidance(
-            args["denoised"],
+            denoised,
             prediction,
             perturbed,
             branch.scale,
             rescale=branch.rescale,
             rescale_mode=branch.rescale_mode,
-            cond=args["cond_denoised"],
-            # Guiders without an uncond hand on a number, or the cond in its place.
-            uncond=uncond if args["uncond"] is not None and torch.is_tensor(uncond) else None,
+            cond=cond,
+            uncond=uncond,
         )
-        if run.report.is_read or run.recorder is not None:
-            state.note_effect(args, guided)
+        other = cond if uncond is None or branch.side == "free" else uncond
+        state.effects.append(effective_cfg(denoised, guided, cond, other))
         if run.recorder is not None:
             run.recorder.guided(branch, args, guided, state.counts, state.effects[-1])
         return guided
@@ -117,13 +118,11 @@ class _Comparison:
             _InactiveError: if there is nothing to compare.
         """
         state, step, args = self.state, self.step, self.args
-        step.asked.add(state)
-        state.seen, state.unused = True, False
+        state.asked, state.unused = step.number, False
         side = self._side()
         self._require_interception()
         state.wanted = {cond["uuid"] for cond in args[side] or ()}
-        if args[side] is None:  # as DualCFGGuider at cfg 1 and 1; the report says it had no effect
-            state.explained = not state.guided
+        if args[side] is None:  # as DualCFGGuider at cfg 1 and 1
             raise _InactiveError(f"this guider makes no {side} prediction at this cfg")
         self._require_evaluation(side)
         evaluation = step.evaluation(args["input"])
@@ -145,17 +144,17 @@ class _Comparison:
         self, side: str, prediction: torch.Tensor, evaluation: Evaluation
     ) -> torch.Tensor:
         """Return the perturbed prediction: computed, or by the difference that is held."""
-        state, step, sigma = self.state, self.step, self.args["sigma"]
-        if step.place is None or evaluation is not step.evaluations[0]:
+        state, step = self.state, self.step
+        if state.branch.every == 1 or evaluation is not step.evaluations[0]:
             return self._computed(side, prediction, evaluation)
         conds = self._active_conds(side)
-        held = state.holding.take(step.place, sigma, conds)
+        held = state.holding.take(conds)
         if held is not None:
             self._count()
             state.held += 1
             return prediction - held
         perturbed = self._computed(side, prediction, evaluation)
-        state.holding.keep(step.place, prediction - perturbed, sigma, conds)
+        state.holding.keep(prediction - perturbed, conds)
         return perturbed
 
     def _computed(
@@ -167,7 +166,7 @@ class _Comparison:
         different = "" if branch.reuse else "reuse is off"
         if evaluation is not step.evaluations[0]:
             different = different or "another node evaluates the model twice in a step"
-        elif step.holds(state):
+        elif state.holding.stands_in:
             different = different or "other prompts are active than when it was held"
         if isinstance(branch.perturbation, InputBlur):
             different = "it starts from another latent"
@@ -184,9 +183,10 @@ class _Comparison:
     def _require_reach(self) -> None:
         """Count the evaluation if the perturbation was at work, and pause if it was not."""
         state, step = self.state, self.step
-        # Code in the network's place may answer single evaluations from a cache.
-        if not state.reaches(_PATIENCE if step.run.memory.is_rewritten else 1):
-            if state.unreachable:
+        if state.branch.perturbation.targets and not state.hits:
+            state.misses += 1
+            # Code in the network's place may answer single evaluations from a cache.
+            if state.misses >= (_PATIENCE if step.run.memory.is_rewritten else 1):
                 step.run.report.explain_misses(state)
             raise _InactiveError
         self._count()
@@ -200,7 +200,7 @@ class _Comparison:
     def _require_interception(self) -> None:
         """Warn where another node keeps a branch out of the base predictions."""
         state, step = self.state, self.step
-        if step.is_intercepted:
+        if step.guider is not None:
             return
         needed = state.branch.acts_in_base
         effect = "has no effect: it acts in the base predictions" if needed else "is slower"
@@ -236,9 +236,9 @@ class _Comparison:
         step = self.step
         if not self._active_conds(side):
             raise _InactiveError(f"no prompt of its side ({side}) is active in a step")
-        if not step.is_intercepted or step.labels:
+        if step.guider is None or step.labels:
             return
-        if not step.is_anonymous:
+        if not step.together:
             raise _InactiveError("another node ran the network by itself in a step, out of reach")
         if self.state.branch.acts_in_base:
             raise _InactiveError("another node evaluates the prompts without naming them")

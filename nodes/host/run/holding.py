@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
 from ....seg_core import held_difference
 
-Place = Hashable
+Conds = frozenset[Hashable]
+_ROUNDING = 1e-3
+"""By what share a noise level may rise in a sampler's arithmetic alone."""
 
 
 @dataclass(eq=False)
@@ -18,102 +20,92 @@ class Held:
 
     Attributes:
         difference: of the denoised predictions.
-        sigma: the noise level then.
+        noise_sigma: the noise level then.
         conds: the prompts that were active then.
         uses: evaluations that it has stood in for since.
     """
 
     difference: torch.Tensor
-    sigma: torch.Tensor
-    conds: frozenset[Hashable]
+    noise_sigma: float
+    conds: Conds
     uses: int = 0
+
+    def lasts_to(self, noise_sigma: float) -> bool:
+        """Tell whether it may stand in at a noise level: at its own, or a lower one.
+
+        Held in noise, it grows with the noise level. Where that rises again, as in schedules that
+        restart, its error would grow without bound: what the last details depend on says nothing of
+        the composition.
+        """
+        return noise_sigma <= (1 + _ROUNDING) * self.noise_sigma
+
+    def at(self, noise_sigma: float) -> torch.Tensor:
+        """Return the difference to expect at another noise level."""
+        then, now = torch.tensor([self.noise_sigma]), torch.tensor([noise_sigma])
+        return held_difference(self.difference, then, now)
 
 
 class Holding:
     """What one branch holds in one run, for each place of the latent.
 
+    The latent as a whole is one place, however often it is evaluated at a noise level. Tiles and
+    parts of a batch have another shape: they are told apart by their order at each noise level.
+
     Attributes:
         every: one in so many evaluations of a place is computed.
+        whole: shape of the run's latent; None if it is not known.
         checks: relative distance and cosine of what was computed and what would have been held,
             each time that a difference was computed again.
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, whole: torch.Size | None) -> None:
         self.every = every
+        self.whole = whole
         self.checks: list[torch.Tensor] = []
-        self._held: dict[Place, Held] = {}
+        self._held: dict[Hashable, Held] = {}
+        self._place: Hashable = None
+        self._noise_sigma = torch.inf
+        self._turn = 0
 
-    def stands_in(self, place: Place) -> bool:
-        """Tell whether a held difference stands in for the next evaluation of a place."""
-        held = self._held.get(place)
-        return held is not None and held.uses + 1 < self.every
+    def begin(self, latent: torch.Tensor, noise_sigma: float) -> None:
+        """Note what the next evaluation is of: a part of the latent, and its noise level."""
+        self._turn = self._turn + 1 if noise_sigma == self._noise_sigma else 0
+        self._noise_sigma = noise_sigma
+        self._place = "whole" if latent.shape == self.whole else (latent.shape, self._turn)
 
-    def take(
-        self, place: Place, sigma: torch.Tensor, conds: frozenset[Hashable]
-    ) -> torch.Tensor | None:
-        """Return what is held, at another noise level; None if it has to be computed."""
-        held = self._held.get(place)
-        if held is None or held.conds != conds or not self.stands_in(place):
+    @property
+    def stands_in(self) -> bool:
+        """Tell whether a held difference stands in for this evaluation's."""
+        held = self._held.get(self._place)
+        if held is None or held.uses + 1 >= self.every:
+            return False
+        return held.lasts_to(self._noise_sigma)
+
+    def take(self, conds: Conds) -> torch.Tensor | None:
+        """Return what is held, at the present noise level; None if it has to be computed."""
+        held = self._held.get(self._place)
+        if held is None or held.conds != conds or not self.stands_in:
             return None
         held.uses += 1
-        return held_difference(held.difference, held.sigma, sigma)
+        return held.at(self._noise_sigma)
 
-    def keep(
-        self,
-        place: Place,
-        difference: torch.Tensor,
-        sigma: torch.Tensor,
-        conds: frozenset[Hashable],
-    ) -> None:
+    def keep(self, difference: torch.Tensor, conds: Conds) -> None:
         """Hold a difference that was computed, and compare it with what was held until now."""
-        if self.every == 1:
+        if self._place is None:
             return
-        before = self._held.get(place)
-        if before is not None and before.conds == conds:
-            self.checks.append(_agreement(difference, before, sigma))
-        self._held[place] = Held(difference, sigma.clone(), conds)
-
-    def agreement(self) -> tuple[float, float] | None:
-        """Return the mean distance and cosine of the checks; None if there was none."""
-        if not self.checks:
-            return None
-        distance, cosine = torch.stack(self.checks).nanmean(dim=0).tolist()
-        return distance, cosine
+        before, noise_sigma = self._held.get(self._place), self._noise_sigma
+        if before is not None and before.conds == conds and before.lasts_to(noise_sigma):
+            self.checks.append(_agreement(difference, before.at(noise_sigma)))
+        self._held[self._place] = Held(difference, noise_sigma, conds)
 
     def clear(self) -> None:
         """Let go of every difference."""
         self._held.clear()
 
 
-class Places:
-    """Which part of the latent each evaluation of a run is of.
-
-    The latent as a whole is one place, however often it is evaluated at a noise level. Tiles and
-    parts of a batch have another shape: they are told apart by their order at each noise level.
-
-    Args:
-        whole: shape of the run's latent; None if it is not known.
-    """
-
-    def __init__(self, whole: torch.Size | None) -> None:
-        self._whole = whole
-        self._sigma = torch.inf
-        self._seen = 0
-
-    def of(self, latent: torch.Tensor, noise_level: Callable[[], float]) -> Place:
-        """Return the place of the next evaluation; the noise level is asked for if it matters."""
-        if latent.shape == self._whole:
-            return ()
-        noise_sigma = noise_level()
-        self._seen = self._seen + 1 if noise_sigma == self._sigma else 0
-        self._sigma = noise_sigma
-        return latent.shape, self._seen
-
-
-def _agreement(difference: torch.Tensor, held: Held, sigma: torch.Tensor) -> torch.Tensor:
+def _agreement(difference: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
     """Return how far a difference is from what was held, as a share of it, and their cosine."""
-    own = difference.float().flatten()
-    expected = held_difference(held.difference, held.sigma, sigma).float().flatten()
+    own, expected = difference.float().flatten(), held.float().flatten()
     size = own.dot(own).sqrt()
     off = own - expected
     cosine = own.dot(expected) / (size * expected.dot(expected).sqrt())

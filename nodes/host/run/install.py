@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..probe.recorder import Recorder
 from ..settings.branch import Branch
 from ..settings.perturbation import InputBlur
 from .base_pass import BasePass
-from .compat import tell_conds_apart
+from .compat import expected_conds, tell_conds_apart
 from .guidance import Guidance, branches_of
 from .run import Run
 from .saliency import require_picture
@@ -105,8 +104,8 @@ def _installed(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
     """
 
     def before_cfg(args: dict[str, Any]) -> Any:
-        if run.step is not None and isinstance(run.current, BasePass):
-            run.step.end_base_pass(args)
+        if isinstance(run.current, BasePass):
+            run.current.step.end_base_pass(args)
         return args["conds_out"]
 
     def after_cfg(args: dict[str, Any]) -> Any:
@@ -136,24 +135,25 @@ def _predict_noise(
         active = run.active(branches_of(model_options), timestep)
         if not active:
             return executor(x, timestep, model_options, seed)
-        place = run.place(active, x, timestep)
-        with _evaluation(run, Step(run, active, x, model_options, executor.class_obj, place)):
-            return executor(x, timestep, model_options, seed)
+        for state in active:
+            if state.branch.every > 1:
+                state.holding.begin(x, run.noise_sigma(timestep))
+        step = Step(run, active, x, model_options, executor.class_obj)
+        _begin(step)
+        with run.during(BasePass(step)):
+            out = executor(x, timestep, model_options, seed)
+        step.close()
+        return out
 
 
-@contextmanager
-def _evaluation(run: Run, step: Step) -> Iterator[None]:
-    """Let the calls of the model belong to a step, and end it whatever happens."""
-    guider = step.guider
-    tell_conds_apart(guider)
-    model = guider.inner_model
+def _begin(step: Step) -> None:
+    """Look at a step's prompts and network before anything is evaluated in it."""
+    run, model = step.run, step.guider.inner_model
+    tell_conds_apart(step.guider)
+    for state in step.active:
+        if not state.asked:
+            state.wanted = expected_conds(step.guider, state.branch)
     branches = [state.branch for state in step.active]
     if any(branch.perturbation.targets or branch.needs_saliency for branch in branches):
         run.network_of(model)  # as it is outside of what other nodes do for the length of a call
     run.memory.begin(model.diffusion_model)
-    try:
-        with run.during(BasePass(step)):
-            yield
-        step.close()
-    finally:
-        step.precomputed.clear()

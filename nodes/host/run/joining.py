@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,22 +17,26 @@ import comfy.model_management
 import torch
 
 from ..batch.call import Call
-from ..batch.rows import Join
+from ..batch.rows import Join, PrivateUuid
 from ..batch.trees import tensors_in
 from ..settings.changes import SkipBlock
+from ..settings.errors import GuidanceError
 from .state import BranchState
 from .step import Step
 
+FINAL = (GuidanceError, comfy.model_management.InterruptProcessingException)
+"""Errors that are no reason to try again: for the person to read, or by which they stop a run."""
 _HEADROOM = 1.5
 """What the host multiplies its estimate of memory by."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Conds of a call that run together, and the rows that join them."""
+    """Conds of a call that run together, the rows that join them, and whether it is measured."""
 
     call: Call
-    joins: list[Join]
+    joins: Sequence[Join] = ()
+    measures: bool = True
 
 
 def batches_of(step: Step, call: Call) -> list[Batch]:
@@ -64,13 +68,20 @@ def _joins(step: Step, call: Call) -> list[Join]:
     A cond that was evaluated before, by itself, belongs to another prediction of the guider now.
     """
     kept = step.precomputed.predictions if step.is_direct else {}
-    return [
-        _join(step, call, state, chunk)
-        for state in step.active
-        if state.joins
-        for chunk, uuid in enumerate(call.uuids)
-        if uuid in step.wanted(state) and (state.branch, uuid, call.window) not in kept
-    ]
+    joins = []
+    for state in (one for one in step.active if one.joins):
+        network, perturbation = step.run.network(call), step.run.perturbation(state.branch)
+        passes = isinstance(perturbation.change, SkipBlock)
+        for chunk, uuid in enumerate(call.uuids):
+            own = PrivateUuid(state.branch, uuid)
+            if uuid not in state.wanted or (own, call.window) in kept:
+                continue
+            # Rows that another branch perturbs in place differ from the base rows from there on.
+            acting = [state.branch, *(one.branch for one in free_on(step, uuid))]
+            first = (step.run.perturbation(branch).targets[0] for branch in acting)
+            fork = min(network.fork(target) for target in first)
+            joins.append(Join(own, call.window, chunk, fork, passes))
+    return joins
 
 
 def _obstacle(step: Step, call: Call) -> str:
@@ -82,33 +93,21 @@ def _obstacle(step: Step, call: Call) -> str:
     return step.run.network(call).obstacle(call)
 
 
-def _join(step: Step, call: Call, state: BranchState, chunk: int) -> Join:
-    perturbation = step.run.perturbation(state.branch)
-    network, uuid = step.run.network(call), call.uuids[chunk]
-    # Rows that another branch perturbs in place differ from the base rows from there on.
-    acting = [state, *free_on(step, uuid)]
-    fork = min(network.fork(step.run.perturbation(one.branch).targets[0]) for one in acting)
-    passes = isinstance(perturbation.change, SkipBlock)
-    return Join((state.branch, uuid, call.window), chunk, fork, passes)
-
-
 def free_on(step: Step, uuid: Hashable) -> list[BranchState]:
     """Return the branches that perturb the base prediction of a cond itself."""
     free = [state for state in step.active if state.branch.side == "free"]
-    return [state for state in free if uuid in step.wanted(state)]
+    return [state for state in free if uuid in state.wanted]
 
 
 def _fits(call: Call, conds: int) -> bool:
     """Tell whether so many conds of a call's size fit into memory at once, by the host's rule."""
-    patcher = getattr(call.model, "current_patcher", None)
-    free_memory = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
     shape = [conds * call.chunk_rows, *call.x.shape[1:]]
     inputs = {"c_concat": call.c_concat, "c_crossattn": call.c_crossattn, **call.extra}
     chunks = len(call.uuids)
     sizes = {name: _size(value, chunks) for name, value in inputs.items()}
     shapes = {name: [size] * conds for name, size in sizes.items() if size}
     needed = call.model.memory_required(shape, cond_shapes=shapes)
-    return needed * _HEADROOM < free_memory(call.x.device)
+    return needed * _HEADROOM < call.model.current_patcher.get_free_memory(call.x.device)
 
 
 def _size(value: Any, chunks: int) -> list[int]:
@@ -161,11 +160,6 @@ def random_numbers(device: torch.device) -> Callable[[], None]:
             torch.cuda.set_rng_state(on_device, device)
 
     return restore
-
-
-def is_final(error: Exception) -> bool:
-    """Tell whether an error is no reason to try again: the person stopped the run."""
-    return isinstance(error, comfy.model_management.InterruptProcessingException)
 
 
 def cause_of(error: Exception) -> str:

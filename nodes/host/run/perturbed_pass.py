@@ -13,12 +13,12 @@ import torch
 
 from ..batch.call import Call
 from ..batch.network_call import NetworkCall, are_options, exchanged, intercepted
-from ..batch.rows import PrivateUuid, original_uuid
+from ..batch.rows import PrivateUuid
 from ..batch.trees import joined, map_tensors
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
 from .compat import in_the_same_step, patches_in
-from .joining import cause_of, is_final
+from .joining import FINAL, cause_of
 from .state import BranchState
 from .step import REORDERED, Prediction, Step, inputs_of
 
@@ -75,10 +75,9 @@ class PerturbedPass:
     @contextmanager
     def _sparing_controls(self, sides: list[Conds | None]) -> Iterator[None]:
         """Evaluate ControlNets only where a prediction that they act on is not there already."""
-        found = (cond.get("control") for side in sides for cond in side or ())
-        controls = {id(control): control for control in found if control is not None}
+        controls = {cond.get("control") for side in sides for cond in side or ()} - {None}
         with ExitStack() as stack:
-            for control in () if self.different else controls.values():
+            for control in () if self.different else controls:
                 for one in (control, *getattr(control, "multigpu_clones", {}).values()):
                     stack.enter_context(exchanged(one, "get_control", self._control))
             yield
@@ -88,13 +87,9 @@ class PerturbedPass:
         step, x = self.step, control.x
         options = next(filter(are_options, control.arguments.values()))
         call = Call(None, x, x, None, None, None, options, {})
-        own = [uuid for uuid in call.uuids if isinstance(uuid, PrivateUuid)]
-        keys = [(uuid.owner, uuid.original, call.window) for uuid in own]
-        kept = [key for key in keys if step.precomputed.holds(key, call.chunk_rows)]
-        if step.is_direct and kept and len(kept) == len(call.uuids):
-            return None
-        self.run.report.controls_evaluated += 1
-        return control.run()
+        keys = [(uuid, call.window) for uuid in call.uuids]
+        kept = keys and all(step.precomputed.holds(key, call.chunk_rows) for key in keys)
+        return None if kept and step.is_direct else control.run()
 
     def _mixed_conds(self, args: Args, side: str) -> Conds:
         """Return which conds of the other side have to be evaluated beside those of this one.
@@ -102,16 +97,17 @@ class PerturbedPass:
         Code of other nodes may make rows of other rows of their batch, or count on them. A pass of
         its own then sees the conds that the base prediction's call had, all perturbed.
         """
-        run, step = self.run, self.step
-        mixes = step.may_mix if run.mixes is None else run.mixes
+        run, step, branch = self.run, self.step, self.state.branch
+        mixes = run.obstacle or (step.may_mix and not run.proved)
         uuids = {cond["uuid"] for cond in args[side]}
-        kept = {key[1] for key in step.precomputed.predictions if key[0] is self.state.branch}
+        found = step.precomputed.predictions
+        kept = {uuid.original for uuid, _ in found if uuid.owner is branch}
         if not mixes or (uuids <= kept and not self.different):
             return []
         beside = set().union(*(call for call in step.together if call & uuids)) - uuids
         others = args["uncond" if side == "cond" else "cond"] or []
         conds = [cond for cond in others if cond["uuid"] in beside]
-        self._beside.update(PrivateUuid(self.state.branch, cond["uuid"]) for cond in conds)
+        self._beside.update(PrivateUuid(branch, cond["uuid"]) for cond in conds)
         return conds
 
     def _run(self, call: Call, inner: NetworkCall) -> Any:
@@ -125,14 +121,13 @@ class PerturbedPass:
             kept = [one for one in found if isinstance(one, Prediction)]
             return joined([map_tensors(torch.clone, one.out) for one in kept])
         if why == REORDERED:
-            self.run.stop_joining(why)
+            self.run.obstacle = why
         self.state.whole[why] += 1
         try:
             return self._computed(call, inner)
-        except GuidanceError:
-            raise
         except Exception as error:
-            if is_final(error) or not (self.step.may_mix or patches_in(call.options)):
+            beside = self.step.may_mix or patches_in(call.options)
+            if isinstance(error, FINAL) or not beside:
                 raise
             raise GuidanceError(
                 f"{self.state.label} cannot perturb {self.state.branch.perturbation.where} beside "
@@ -143,7 +138,7 @@ class PerturbedPass:
     def _find(self, call: Call, inner: NetworkCall, chunk: int) -> Prediction | str:
         if self.different:
             return self.different
-        key = (self.state.branch, original_uuid(call.uuids[chunk]), call.window)
+        key = call.uuids[chunk], call.window
         inputs = inputs_of(inner, call.rows(chunk))
         return self.step.precomputed.find(key, inputs, direct=self.step.is_direct)
 

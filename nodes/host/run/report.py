@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from ..settings.perturbation import BlockPerturbation
 from .state import BranchState
 
@@ -35,18 +37,25 @@ def _held(state: BranchState) -> str:
     """Return how often a branch's last difference was held, and how far off it was then."""
     if not state.held:
         return ""
-    found = state.holding.agreement()
-    words = "" if found is None else f", cosine {found[1]:.2f}, where it was checked)"
-    off = "" if found is None else _share(found[0], " (off by {}" + words)
-    return f", {state.held} held{off}"
+    off, cosine = _means(state.holding.checks)
+    words = f" (off by {{}}, cosine {cosine:.2f}, where it was checked)"
+    return f", {state.held} held" + _share(off, words)
 
 
 def _effect(state: BranchState) -> str:
     """Return which cfg the guided predictions are nearest to."""
-    cfg, beside = state.effective_cfg()
+    cfg, beside = _means(state.effects)
     if math.isnan(cfg):
         return ""
     return f", effective cfg {cfg:.3g}" + _share(beside, " ({} of the push is beside cfg)")
+
+
+def _means(pairs: list[torch.Tensor]) -> tuple[float, float]:
+    """Return the means of pairs of numbers; NaN if there are none."""
+    if not pairs:
+        return math.nan, math.nan
+    one, other = torch.stack(pairs).nanmean(dim=0).tolist()
+    return one, other
 
 
 def _share(share: float, words: str) -> str:
@@ -59,14 +68,10 @@ class Report:
 
     Attributes:
         evaluations: of the guided model, so far.
-        controls_evaluated: ControlNets that had to be evaluated for a perturbed prediction.
-        milliseconds: of one evaluation, on average; known when the run is over.
     """
 
     def __init__(self) -> None:
         self.evaluations = 0
-        self.controls_evaluated = 0
-        self.milliseconds = 0.0
         self._began = 0.0
         self._warned: dict[str, None] = {}
 
@@ -75,11 +80,6 @@ class Report:
         self.evaluations += 1
         if self.evaluations == 1:
             self._began = time.perf_counter()
-
-    @property
-    def is_read(self) -> bool:
-        """Tell whether the line of the run is logged at all."""
-        return log.isEnabledFor(logging.INFO)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class Report:
 
     def explain(self, state: BranchState, why: str) -> None:
         """Warn at once that a branch does nothing in this run, and say nothing else of it."""
-        state.unreachable = state.explained = True
+        state.unreachable = True
         self.warn_once(f"{state.label} has no effect in this run: {why}.")
 
     def explain_misses(self, state: BranchState) -> None:
@@ -108,16 +108,18 @@ class Report:
     def finish(self, states: Iterable[BranchState]) -> None:
         """Say what the run did; the time of its evaluations ends here."""
         elapsed = time.perf_counter() - self._began
-        self.milliseconds = 1000 * elapsed / max(self.evaluations, 1)
+        milliseconds = 1000 * elapsed / max(self.evaluations, 1)
         for state in states:
-            if not state.explained:
+            if not state.unreachable:
                 self._warn(state)
-            if state.guided and not _is_repeated(self.line(state).rpartition(", ")[0]):
-                log.info(self.line(state))
+            if state.guided and log.isEnabledFor(logging.INFO):
+                line = self.line(state)
+                if not _is_repeated(line):
+                    log.info("%s, %.0f ms per evaluation", line, milliseconds)
 
     def line(self, state: BranchState) -> str:
-        """Return one line on what a branch did."""
-        whole = "; ".join(f"{n} because {reason}" for reason, n in state.whole.items() if reason)
+        """Return what a branch did, but for the time that it took."""
+        whole = "; ".join(f"{n} because {reason}" for reason, n in state.whole.items())
         return (
             f"{state.label}: {state.branch.perturbation.where}, {state.guided} of "
             f"{self.evaluations} model evaluations guided, {state.joined} in the same model call, "
@@ -125,12 +127,11 @@ class Report:
             + (f" ({whole})" if whole else "")
             + _held(state)
             + _effect(state)
-            + f", {self.milliseconds:.0f} ms per evaluation"
         )
 
     def _warn(self, state: BranchState) -> None:
         window = state.branch.window
-        if self.evaluations and not state.seen:
+        if self.evaluations and not state.asked:
             self.warn_once(
                 f"{state.label} had no effect: its window {window.start_percent:g} to "
                 f"{window.end_percent:g} of sampling covers none of the {self.evaluations} model "
@@ -139,7 +140,7 @@ class Report:
         perturbs_base = state.branch.side == "free"
         if state.misses and not state.hits:
             self.explain_misses(state)
-        elif state.guided and not (state.met or state.joined or perturbs_base):
+        elif state.guided and not (state.met or perturbs_base):
             self.warn_once(
                 f"{state.label} had no effect: its perturbed pass never reached the model. Either "
                 "no conditioning is active there, or another node answers in its place."

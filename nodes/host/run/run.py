@@ -19,7 +19,7 @@ from ..settings.branch import Branch
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
 from .compat import NetworkMemory
-from .holding import Place, Places
+from .holding import Holding
 from .report import Report
 from .state import BranchState
 
@@ -31,12 +31,11 @@ class Run:
         model_sampling: the host's; it knows noise levels.
         recorder: what a probe records; None without a probe.
         obstacle: why rows no longer join the base predictions; empty while they may.
-        mixes: code of other nodes makes rows of other rows of their batch; None if not measured.
         proved: code of other nodes beside which a joined call was proved.
         memory: what other nodes' code keeps on the network.
         saliency: attention that the conds' tokens drew, by who asks.
         current: the pass that model calls belong to now, of base or perturbed predictions.
-        places: which part of the latent an evaluation is of.
+        shape: of the latent; None if it is not known.
     """
 
     def __init__(
@@ -52,15 +51,13 @@ class Run:
         self.report = Report()
         self.matrices = BlurMatrices()
         self.obstacle = ""
-        self.mixes: bool | None = None
         self.proved = frozenset[Hashable]()
         self.memory = NetworkMemory()
         self.saliency: dict[Hashable, Any] = {}
         self.current: Any = None
-        self.places = Places(shape)
+        self.shape = shape
         self._states: dict[Branch, BranchState] = {}
-        self._networks: list[NetworkAdapter] = []
-        self._exchanged: dict[NetworkAdapter, NetworkAdapter] = {}
+        self._networks: dict[Any, NetworkAdapter] = {}
         self._timestep: tuple[Any, float] = (None, 0.0)
 
     @property
@@ -68,23 +65,17 @@ class Run:
         """Return the evaluation that goes on; None outside of every branch's window."""
         return None if self.current is None else self.current.step
 
-    def stop_joining(self, obstacle: str) -> None:
-        """Let no more rows join in this run, where a joined call was not as the host made it."""
-        self.mixes = True
-        self.obstacle = self.obstacle or obstacle
-
     def state(self, branch: Branch) -> BranchState:
         """Return the state of a branch."""
         if branch not in self._states:
             at, window = self.model_sampling.percent_to_sigma, branch.window
             edges = at(window.start_percent), at(window.end_percent)
-            self._states[branch] = BranchState(branch, edges)
+            self._states[branch] = BranchState(branch, edges, Holding(branch.every, self.shape))
         return self._states[branch]
 
     def states(self, branches: Iterable[Branch]) -> list[BranchState]:
-        """Return the states of some branches, and of all others that were asked for anything."""
-        called = [branch for branch, state in self._states.items() if state.seen]
-        return [self.state(branch) for branch in dict.fromkeys([*branches, *called])]
+        """Return the states of some branches, and of all others that were met so far."""
+        return [self.state(branch) for branch in dict.fromkeys([*branches, *self._states])]
 
     @contextmanager
     def during(self, current: Any) -> Iterator[None]:
@@ -125,34 +116,30 @@ class Run:
         Raises:
             GuidanceError: if the network cannot be guided.
         """
-        network = self.network_of(call.model)
-        if not call.is_compiled_by_node:
-            return network
-        # ComfyUI's node exchanges blocks for the length of a call: they are other modules there.
-        if network not in self._exchanged:
-            found = adapter_of(network.network, call.model) or network
-            same = found.catalogue == network.catalogue
-            self._exchanged[network] = found if same else network
-        return self._exchanged[network]
+        return self.network_of(call.model, exchanged=call.is_compiled_by_node)
 
-    def network_of(self, model: Any) -> NetworkAdapter:
+    def network_of(self, model: Any, *, exchanged: bool = False) -> NetworkAdapter:
         """Return the adapter of a model's network, with the blocks that it had at the first look.
+
+        Args:
+            model: the host's.
+            exchanged: ComfyUI's node has put compiled blocks in their place, as it does for the
+                length of a call.
 
         Raises:
             GuidanceError: if the network cannot be guided.
         """
         network = eager(model.diffusion_model)
-        for known in self._networks:
-            if known.network is network:
-                return known
-        adapter = adapter_of(network, model)
-        if adapter is None:
-            raise GuidanceError(
-                f"The network that runs is a {type(network).__name__}, and not the one that "
-                "guidance was put on. Put the guidance node behind the node that exchanges it."
-            )
-        self._networks.append(adapter)
-        return adapter
+        key = network, exchanged
+        if key not in self._networks:
+            adapter = adapter_of(network, model)
+            if adapter is None:
+                raise GuidanceError(
+                    f"The network that runs is a {type(network).__name__}, and not the one that "
+                    "guidance was put on. Put the guidance node behind the node that exchanges it."
+                )
+            self._networks[key] = adapter
+        return self._networks[key]
 
     def is_compiled(self, call: Call) -> bool:
         """Tell whether torch has compiled more of a call's network than blocks by themselves."""
@@ -176,16 +163,8 @@ class Run:
         known = [state for state in self.states(branches) if not state.unreachable]
         if all(state.branch.window.covers_everything for state in known):
             return known
-        noise_sigma = self._noise_sigma(timestep)
+        noise_sigma = self.noise_sigma(timestep)
         return [s for s in known if s.branch.window.contains(noise_sigma, *s.edges)]
-
-    def place(
-        self, active: list[BranchState], latent: torch.Tensor, timestep: torch.Tensor
-    ) -> Place | None:
-        """Return the place of an evaluation; None if no branch holds anything."""
-        if all(state.holding.every == 1 for state in active):
-            return None
-        return self.places.of(latent, lambda: self._noise_sigma(timestep))
 
     def clear(self) -> None:
         """Let go of every tensor, however the run ended."""
@@ -195,8 +174,8 @@ class Run:
         self.saliency.clear()
         self.current = None
 
-    def _noise_sigma(self, timestep: torch.Tensor) -> float:
-        # Fetched once a step: it may wait for the device.
+    def noise_sigma(self, timestep: torch.Tensor) -> float:
+        """Return the noise level of an evaluation, fetched once: it may wait for the device."""
         if timestep is not self._timestep[0]:
             self._timestep = (timestep, float(timestep.flatten()[0]))
         return self._timestep[1]

@@ -48,8 +48,7 @@ def request(state: BranchState, step: Step, call: Call) -> SaliencyRequest:
     assert isinstance(blur, InputBlur)
     assert blur.source is not None
     run, shape = step.run, step.evaluations[0].latent.shape
-    wanted = step.wanted(state)
-    chunks = [i for i, uuid in enumerate(call.uuids) if uuid in wanted]
+    chunks = [i for i, uuid in enumerate(call.uuids) if uuid in state.wanted]
     again = any(sum(uuid in one for one in step.together) > 1 for uuid in call.uuids)
     in_tiles = again and call.x.shape[2:] != shape[2:]
     if chunks and call.window is None and (call.chunk_rows != shape[0] or in_tiles):

@@ -12,8 +12,6 @@ from ..batch.call import COMPILE_KEY, KEY, Call
 from ..batch.network_call import NetworkCall
 from ..batch.rows import Join, Key
 from ..batch.trees import tensors_in
-from .compat import expected_conds
-from .holding import Place
 from .run import Run
 from .state import BranchState
 
@@ -93,10 +91,6 @@ class Precomputed:
             return REORDERED
         return same[0] if len(same) == 1 else "another node evaluated the prompt in several ways"
 
-    def clear(self) -> None:
-        """Let go of every tensor."""
-        self.predictions.clear()
-
 
 @dataclass(eq=False)
 class Evaluation:
@@ -117,18 +111,15 @@ class Step:
     """One evaluation of the guided model, or several where other nodes look ahead in it.
 
     Attributes:
+        number: which evaluation of the run it is, from 1.
         active: the branches whose window holds its noise level, and that hold no difference in it.
-        place: the part of the latent that it is of; None if no branch holds anything.
         evaluations: of the base predictions; rows join those of the first.
         labels: the side that the base pass took each cond for.
-        together: the conds of each of its calls.
-        asked: the branches that asked for their prediction.
+        together: the conds of each of its calls; none where the caller names none.
         guided: those that guided it.
         perturbed: the conds whose base predictions were perturbed themselves.
         measured: whose attention was measured in it, by who asks.
-        is_intercepted: its base predictions pass through this pack's wrappers.
         in_base_pass: model calls are those of the base predictions.
-        is_anonymous: a call of the base pass named no conds.
         may_mix: code of other nodes may make rows of other rows of their batch, or count on them.
         guider: the host's; None if it does not let this pack wrap its evaluations.
         is_direct: nothing stands between the host's batch and the network that may reorder rows.
@@ -141,34 +132,26 @@ class Step:
         latent: torch.Tensor,
         model_options: dict[str, Any],
         guider: Any = None,
-        place: Place | None = None,
     ) -> None:
         self.run = run
-        self.place = place
-        self.active = [state for state in active if not self.holds(state)]
+        self.number = run.report.evaluations
+        self.active = [state for state in active if not state.holding.stands_in]
         self.evaluations = [Evaluation(latent, latent.clone(), {})]
         self.precomputed = Precomputed()
         self.labels: dict[Hashable, int] = {}
         self.together: list[set[Hashable]] = []
-        self.asked = set[BranchState]()
         self.guided = set[BranchState]()
         self.perturbed = set[Hashable]()
         self.measured = set[Hashable]()
-        self.is_intercepted = self.in_base_pass = guider is not None
-        self.is_anonymous = False
         self.guider = guider
+        self.in_base_pass = guider is not None
         wrappers = model_options["transformer_options"].get("wrappers", {})
         others = set(wrappers.get("apply_model", {})) - {KEY, COMPILE_KEY}
         self.is_direct = "model_function_wrapper" not in model_options and not others
         self.may_mix = not self.is_direct
 
-    def holds(self, state: BranchState) -> bool:
-        """Tell whether a branch's last difference stands in for a prediction."""
-        return self.place is not None and state.holding.stands_in(self.place)
-
     def note(self, call: Call, *, mixes: bool) -> None:
         """Note the conds of one call of the base pass, and whether other nodes may mix its rows."""
-        self.is_anonymous |= not call.uuids
         self.may_mix |= mixes
         self.labels.update(zip(call.uuids, call.options.get("cond_or_uncond", ()), strict=False))
         self.together.append(set(call.uuids))
@@ -203,15 +186,11 @@ class Step:
         seen = not self.labels or any(uuid in self.labels for uuid in name)
         return altered if seen and torch.is_tensor(altered) else None
 
-    def wanted(self, state: BranchState) -> set[Hashable]:
-        """Return the conds that a branch will ask for: last step's, or the likely ones."""
-        return expected_conds(self.guider, state.branch) if state.wanted is None else state.wanted
-
     def close(self) -> None:
         """Note whose rows were computed for nothing."""
-        owners = {key[0] for key in self.precomputed.predictions}
+        owners = {uuid.owner for uuid, _ in self.precomputed.predictions}
         for state in self.active:
-            if state.branch in owners and state not in self.asked:
+            if state.branch in owners and state.asked != self.number:
                 state.unused = True
                 self.run.report.warn_once(
                     f"{state.label}: its prediction was made and nobody used it, because another "
