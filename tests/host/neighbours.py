@@ -87,6 +87,13 @@ def regrouped(apply_model, args):
     return torch.cat(out.chunk(2), dim=-1)
 
 
+@wrapped(WRAPPERS.CALC_COND_BATCH)
+def one_by_one(executor, model, conds, x, timestep, options):
+    """As nodes with windows of their own: the evaluation runs for each part of the latent."""
+    parts = [executor(model, conds, part, timestep, options) for part in x.chunk(2, dim=-1)]
+    return [torch.cat(outs, dim=-1) for outs in zip(*parts, strict=True)]
+
+
 @patched("attn2_patch")
 def reads_the_label(q, k, v, options):
     """As image prompts and attention couples: one side of cfg attends to something else."""
@@ -206,6 +213,7 @@ KINDS = {
     "prompts altered by an own evaluation": noise_on_prompts,
     "pieces, one call each": in_pieces,
     "pieces regrouped in one call": regrouped,
+    "parts evaluated one by one": one_by_one,
     "effects by side": reads_the_label,
     "attention made of both sides": shipped(
         "nag", "NAGuidance", nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5

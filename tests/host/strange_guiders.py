@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import comfy.model_patcher
 import comfy.samplers
 import torch
@@ -122,6 +124,21 @@ class RunsNoWrappers(comfy.samplers.CFGGuider):
 
     def outer_predict_noise(self, x, timestep, model_options=None, seed=None):
         return self.predict_noise(x, timestep, model_options or {}, seed)
+
+
+class HandsOnFunctionsAlone(comfy.samplers.CFGGuider):
+    """As samplers that make options of their own, with the functions of cfg and nothing else."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        own = {n: v for n, v in model_options.items() if n.startswith("sampler_")}
+        return super().predict_noise(x, timestep, own, seed)
+
+
+class CopiesTheOptions(comfy.samplers.CFGGuider):
+    """As nodes that change the options of a step in a deep copy."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        return super().predict_noise(x, timestep, copy.deepcopy(model_options), seed)
 
 
 class BreaksOff(comfy.samplers.CFGGuider):

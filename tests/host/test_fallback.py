@@ -118,6 +118,20 @@ def test_an_error_of_the_plain_call_comes_out_as_it_was(guided, error):
     assert len(rows) <= 2, "a joined one is tried again once"
 
 
+def test_memory_that_runs_out_in_an_extra_pass_is_no_fault_of_another_node():
+    runs = []
+
+    @patched("output_block_patch")
+    def second_run_is_too_large(h, hsp, options):
+        runs.append(options["block"])
+        if runs.count(options["block"]) == 2:
+            raise OOM()
+        return h, hsp
+
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="the allocator"):
+        sample(second_run_is_too_large(seg(shared_model(), reuse=False)), size=(6, 8))
+
+
 def test_a_user_who_interrupts_is_obeyed_at_once():
     interrupt = comfy.model_management.InterruptProcessingException
     with network_runs() as rows, pytest.raises(interrupt):

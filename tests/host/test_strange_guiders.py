@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 from choice import each
-from comfy.samplers import CFGGuider
+from comfy.samplers import KSAMPLER, CFGGuider
 from dit_models import tiny_dit
 from family_oracle import guide
 from host_models import sample, seg, shared_model, tiny_model
@@ -23,10 +24,12 @@ from no_op import (
     nothing,
     refused_or_latents,
 )
-from reuse_checks import warned
+from reuse_checks import reported, warned
 from strange_guiders import (
     ByHand,
+    CopiesTheOptions,
     HandsInTheModelsOptions,
+    HandsOnFunctionsAlone,
     HandsOnZeros,
     RunsFunctionsTwice,
     RunsNoWrappers,
@@ -41,6 +44,7 @@ GUIDERS = {
     guider.__name__: (guider, lambda model: model)
     for guider in (
         ByHand, ShowsItsResult, SkipsByItself, RunsFunctionsTwice, HandsInTheModelsOptions,
+        HandsOnFunctionsAlone, CopiesTheOptions,
     )
 } | {
     "calls_twice": (CFGGuider, calls_twice),
@@ -169,6 +173,30 @@ def test_what_needs_the_plain_calls_of_an_older_evaluation_acts_or_says_why_not(
         assert torch.equal(found, alone("older_evaluation", 7.0))
     elif found is not None:
         assert deviation(found, run(guided(shared_model()))) <= NOTHING
+
+
+def euler(buffered):
+    """Return Euler's method; with `buffered`, each noise level is written into one tensor."""
+
+    def step(model, x, sigmas, extra_args=None, **_):
+        levels = x.new_ones([len(x)])
+        for sigma, following in itertools.pairwise(sigmas):
+            levels = levels.fill_(float(sigma)) if buffered else x.new_full([len(x)], float(sigma))
+            x = x + (x - model(x, levels, **extra_args)) * (following / sigma - 1)
+        return x
+
+    return KSAMPLER(step)
+
+
+@pytest.mark.parametrize("window", [{"end": 0.4}, {"start": 0.4}], ids=str)
+def test_a_sampler_may_write_each_noise_level_into_one_tensor(window):
+    latents = []
+    for buffered in (True, False):
+        with reported() as counts:
+            model = seg(shared_model(), **window)
+            latents.append(sampled_by(CFGGuider, model, steps=4, sampler=euler(buffered)))
+        assert counts.shared == 2
+    assert torch.equal(*latents)
 
 
 # What stays behind.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import comfy.model_base as model_base
@@ -26,6 +27,7 @@ from host_oracle import deviation
 from neighbours import calls_twice
 from no_op import ACTS
 from reuse_checks import warned
+from stand_ins import patched
 from strange_guiders import BreaksOff, RunsFunctionsTwice, SkipsByItself, sampled_by
 
 METHODS = {
@@ -103,6 +105,34 @@ def test_no_more_is_guided_than_there_is_and_a_guider_is_called_no_cache(method,
     assert all(0 < guided <= evaluations for guided, evaluations in counts)
     assert "cache" not in caplog.text
     assert "not reached" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["SEG", "free"])
+def test_evaluations_outside_of_the_window_are_counted_once(method, caplog):
+    caplog.set_level("INFO")
+    guided = {"SEG": seg, "free": functools.partial(seg, branch="free")}[method]
+    sample(guided(shared_model(), end=0.4), steps=4, size=(4, 4))
+    ((_, evaluations),) = GUIDED.findall(caplog.text)
+    assert evaluations == "4"
+
+
+@pytest.mark.parametrize("branch", ["conditional", "unconditional"])
+def test_guidance_at_cfg_1_acts_from_the_first_step_and_accuses_nobody(branch, caplog):
+    caplog.set_level("INFO")
+    for method in ("SEG", "SAG"):
+        sample(guide(method, shared_model(), 0.5, branch=branch), cfg=1.0, steps=3, size=(4, 4))
+    assert GUIDED.findall(caplog.text) == [("3", "3")] * 2
+    assert "another node" not in caplog.text
+    assert "its prompt was not evaluated" not in caplog.text
+
+
+def test_predictions_that_are_no_numbers_are_no_fault_of_joining(caplog):
+    @patched("output_block_patch")
+    def broken(h, hsp, options):
+        return h * torch.nan, hsp
+
+    sample(broken(seg(shared_model())), size=(4, 4))
+    assert warned(caplog) == []
 
 
 # Networks that are not the family's.

@@ -155,6 +155,54 @@ def test_a_mask_from_attention_is_refused_where_the_latent_is_cut_in_pieces(piec
     assert torch.isfinite(sample(pieces(everywhere), size=(8, 12))).all()
 
 
+@patched("unet_function_wrapper")
+def each_prompt_alone(apply_model, args):
+    """As nodes that save memory: each prompt in a call of its own, under the labels of all."""
+    rows, parts = len(args["input"]), len(args["cond_or_uncond"])
+    inputs = {"x": args["input"], "t": args["timestep"], **args["c"]}
+    own = [
+        {n: v.chunk(parts)[k] if torch.is_tensor(v) and len(v) == rows else v
+         for n, v in inputs.items()}
+        for k in range(parts)
+    ]  # fmt: skip
+    return torch.cat([apply_model(**one) for one in own])
+
+
+@wrapped(WRAPPERS.DIFFUSION_MODEL)
+def each_row_alone(executor, *args, **kwargs):
+    """As nodes that save memory inside of the model call: the network runs row by row."""
+    rows = len(args[0])
+
+    def part(value, row):
+        return value[row : row + 1] if torch.is_tensor(value) and len(value) == rows else value
+
+    own = [([part(v, n) for v in args], {k: part(v, n) for k, v in kwargs.items()})
+           for n in range(rows)]  # fmt: skip
+    return torch.cat([executor(*some, **named) for some, named in own])
+
+
+def test_a_network_that_runs_row_by_row_is_guided_by_whole_passes(caplog):
+    caplog.set_level("INFO")
+    found, whole = (
+        sample(each_row_alone(seg(shared_model(), reuse=reuse)), size=(8, 12), steps=3)
+        for reuse in (True, False)
+    )
+    assert deviation(found, whole) <= NOTHING
+    assert "number of rows" in caplog.text
+    alone = sample(each_row_alone(shared_model()), size=(8, 12))
+    assert torch.equal(sample(each_row_alone(sag(shared_model())), size=(8, 12)), alone)
+    assert [m for m in warned(caplog) if "cut its batch in parts" in m]
+
+
+@pytest.mark.parametrize("pieces", [each_prompt_alone, regrouped, each_row_alone])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_free_has_no_effect_where_rows_are_not_those_that_their_labels_say(pieces, batch, caplog):
+    found = sample(pieces(free(shared_model())), size=(8, 12), batch=batch, steps=3)
+    assert torch.equal(found, sample(pieces(shared_model()), size=(8, 12), batch=batch, steps=3))
+    (message,) = warned(caplog)
+    assert "cuts the batch" in message
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_mask_from_attention_is_refused_where_another_node_cuts_the_attention(order):
     tiles = shipped("hypertile", "HyperTile", 32, 1, 1, False)

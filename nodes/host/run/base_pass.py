@@ -70,6 +70,7 @@ class BasePass:
             perturbation = state.branch.perturbation
             if isinstance(perturbation, BlockPerturbation) and not state.unreachable:
                 why = self.run.network(call).pointless(perturbation, call)
+                why = why or _unknown_rows(state, self.step, call)
                 if why:
                     self.run.report.explain(state, why)
 
@@ -77,7 +78,11 @@ class BasePass:
         """Run the network; rows join where that goes well, and nothing else changes by it."""
         alone = Batch(call)
         # Another node may part or repeat the rows inside of the call.
-        if not batches or inner.rows != len(call.x):
+        if inner.rows != len(call.x):
+            self.step.is_cut = True
+            self._explain(batches, "another node changes the number of rows")
+            return self._run_batch(replace(alone, measures=False), inner)
+        if not batches:
             return self._run_batch(alone, inner)
         # Wrappers of the network may have put patches there since.
         foreign = (foreign | patches_in(inner.options)) - self.run.proved
@@ -228,3 +233,15 @@ class BasePass:
 
 def _is_witness(join: Join) -> bool:
     return join.uuid.owner is _WITNESS
+
+
+def _unknown_rows(state: BranchState, step: Step, call: Call) -> str:
+    """Return why `free` cannot tell whose the rows of a call are; empty if it can, or need not."""
+    if state.branch.side != "free" or step.is_direct or call.window is not None:
+        return ""
+    if len(call.x) == len(call.uuids) * len(step.evaluations[0].latent):
+        return ""
+    return (
+        "another node cuts the batch in parts, so that branch 'free' cannot tell the prompts "
+        "apart. Set branch to 'conditional'"
+    )

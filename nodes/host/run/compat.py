@@ -6,12 +6,14 @@ prediction by itself. Of guiders it is known which prompts each of ComfyUI's own
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from comfy.samplers import CFGGuider
 
 from ..batch.call import Call
 from ..batch.compiled import eager, is_compiled
@@ -132,7 +134,7 @@ def in_the_same_step(model_options: dict[str, Any]) -> dict[str, Any]:
     A step that it answers from its cache stays one: either both predictions come from there, or
     neither does. Their difference would else hold the error of the cache, times the scale.
     """
-    transformer = model_options["transformer_options"]
+    transformer = model_options.get("transformer_options", {})
     wrappers = transformer.get("wrappers", {})
     others = {k: fns for k, fns in wrappers.get("calc_cond_batch", {}).items() if k != "easycache"}
     own = {**transformer, "wrappers": {**wrappers, "calc_cond_batch": others}}
@@ -171,10 +173,20 @@ def expected_conds(guider: Any, branch: Branch) -> set[Hashable]:
     if "middle" in conds:  # DualCFGGuider compares neighbours
         nested = getattr(guider, "nested", False)
         cond, uncond = ("positive", "middle") if nested else ("middle", "negative")
+    elif branch.side == "unconditional" and not _makes_uncond(guider):
+        uncond = cond
     if branch.side == "free" and conds.keys() - _SIDES:
         return set()
     side = cond if branch.side == "conditional" else uncond
     return {one["uuid"] for one in conds.get(side) or ()}
+
+
+def _makes_uncond(guider: Any) -> bool:
+    """Tell whether a guider with two sides at most predicts without the prompt."""
+    if not getattr(guider, "conds", {}).get("negative"):
+        return False
+    is_at_cfg_1 = type(guider) is CFGGuider and math.isclose(guider.cfg, 1.0)
+    return not is_at_cfg_1 or guider.model_options.get("disable_cfg1_optimization", False)
 
 
 def tell_conds_apart(guider: Any) -> None:

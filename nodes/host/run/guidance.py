@@ -89,7 +89,7 @@ def _step_of(args: Args, branch: Branch) -> Step:
         run.report = _report_of(args, is_first)
     if run.step is not None:
         return run.step
-    if is_first:
+    if is_first and not run.is_intercepted:
         run.report.count_evaluation()
     return Step(run, run.active(branches, args["sigma"]), args["input"], model_options)
 
@@ -132,9 +132,9 @@ class _Comparison:
         if prediction is None or compared is None or not torch.is_tensor(args["denoised"]):
             raise _InactiveError(f"the sampler made no {side} prediction in a step")
         if free and step.perturbed.isdisjoint(state.wanted):
-            raise _InactiveError(
-                "which prompts this guider compares is known after its first evaluation"
-            )
+            unknown = "which prompts this guider compares is known after its first evaluation"
+            cut = "another node cuts the batch in parts, so the prompts cannot be told apart"
+            raise _InactiveError(cut if step.is_cut else unknown)
         if not free:
             return prediction, self._perturbed(side, prediction, evaluation)
         self._require_reach()
@@ -239,7 +239,7 @@ class _Comparison:
         if step.guider is None or step.labels:
             return
         if not step.together:
-            raise _InactiveError("another node ran the network by itself in a step, out of reach")
+            raise _InactiveError("another node answered for the model or ran it by itself")
         if self.state.branch.acts_in_base:
             raise _InactiveError("another node evaluates the prompts without naming them")
 

@@ -130,6 +130,7 @@ def _predict_noise(
     run = model_options.get(KEY)
     if not isinstance(run, Run):
         return executor(x, timestep, model_options, seed)
+    run.is_intercepted = True
     run.report.count_evaluation()
     with run.recorder.step(timestep) if run.recorder is not None else nullcontext():
         active = run.active(branches_of(model_options), timestep)

@@ -65,9 +65,11 @@ def batches_of(step: Step, call: Call) -> list[Batch]:
 def _joins(step: Step, call: Call) -> list[Join]:
     """Return which rows should join a call, branch by branch.
 
-    A cond that was evaluated before, by itself, belongs to another prediction of the guider now.
+    A cond of the whole latent that was evaluated before belongs to another prediction of the guider
+    now; of a part of it, to the next part.
     """
-    kept = step.precomputed.predictions if step.is_direct else {}
+    is_whole = call.x[: call.chunk_rows].shape == step.evaluations[0].latent.shape
+    kept = step.precomputed.predictions if step.is_direct and is_whole else {}
     joins = []
     for state in (one for one in step.active if one.joins):
         network, perturbation = step.run.network(call), step.run.perturbation(state.branch)
@@ -142,7 +144,8 @@ def equal_within_rounding(one: Any, other: Any, dtype: torch.dtype) -> bool:
         if a.is_cuda and torch.backends.cudnn.allow_tf32:
             epsilon = max(epsilon, _TF32)
         work = torch.promote_types(a.dtype, torch.float32)  # not every device has float64
-        a, b = a.to(work), b.to(work)
+        # What is no number there is none here: the network's fault, and not that of joining.
+        a, b = a.to(work).nan_to_num(), b.to(work).nan_to_num()
         if not (a - b).norm() <= epsilon**0.5 * b.norm():
             return False
     return True

@@ -10,6 +10,7 @@ from typing import Any
 
 import comfy.samplers
 import torch
+from comfy.model_management import OOM_EXCEPTION
 
 from ..batch.call import Call
 from ..batch.network_call import NetworkCall, are_options, exchanged, intercepted
@@ -88,8 +89,9 @@ class PerturbedPass:
         options = next(filter(are_options, control.arguments.values()))
         call = Call(None, x, x, None, None, None, options, {})
         keys = [(uuid, call.window) for uuid in call.uuids]
-        kept = keys and all(step.precomputed.holds(key, call.chunk_rows) for key in keys)
-        return None if kept and step.is_direct else control.run()
+        kept = [step.precomputed.holds(key, call.chunk_rows) for key in keys]
+        known = all(step.knows_rows(key) for key in keys)
+        return None if keys and all(kept) and known else control.run()
 
     def _mixed_conds(self, args: Args, side: str) -> Conds:
         """Return which conds of the other side have to be evaluated beside those of this one.
@@ -126,8 +128,8 @@ class PerturbedPass:
         try:
             return self._computed(call, inner)
         except Exception as error:
-            beside = self.step.may_mix or patches_in(call.options)
-            if isinstance(error, FINAL) or not beside:
+            blameless = not (self.step.may_mix or patches_in(call.options))
+            if blameless or isinstance(error, (*FINAL, OOM_EXCEPTION)):
                 raise
             raise GuidanceError(
                 f"{self.state.label} cannot perturb {self.state.branch.perturbation.where} beside "
@@ -140,7 +142,7 @@ class PerturbedPass:
             return self.different
         key = call.uuids[chunk], call.window
         inputs = inputs_of(inner, call.rows(chunk))
-        return self.step.precomputed.find(key, inputs, direct=self.step.is_direct)
+        return self.step.precomputed.find(key, inputs, direct=self.step.knows_rows(key))
 
     def _computed(self, call: Call, inner: NetworkCall) -> Any:
         """Return the network's output, computed whole."""

@@ -36,6 +36,7 @@ class Run:
         saliency: attention that the conds' tokens drew, by who asks.
         current: the pass that model calls belong to now, of base or perturbed predictions.
         shape: of the latent; None if it is not known.
+        is_intercepted: evaluations pass through this pack's wrapper, which counts them.
     """
 
     def __init__(
@@ -55,10 +56,15 @@ class Run:
         self.memory = NetworkMemory()
         self.saliency: dict[Hashable, Any] = {}
         self.current: Any = None
+        self.is_intercepted = False
         self.shape = shape
         self._states: dict[Branch, BranchState] = {}
         self._networks: dict[Any, NetworkAdapter] = {}
-        self._timestep: tuple[Any, float] = (None, 0.0)
+        self._timestep: tuple[Any, int, float] = (None, 0, 0.0)
+
+    def __deepcopy__(self, _memo: Any) -> Run:
+        """Return the run itself: it stays one where another node copies the host's options."""
+        return self
 
     @property
     def step(self) -> Any:
@@ -104,7 +110,7 @@ class Run:
 
     def met_in(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """Return the host's options with which this run meets every model call."""
-        options = model_options["transformer_options"]
+        options = model_options.get("transformer_options", {})
         wrappers = options.get("wrappers", {})
         around = {k: fns for k, fns in wrappers.get("apply_model", {}).items() if k != KEY}
         wrappers = {**wrappers, "apply_model": {**around, KEY: [self.apply_model]}}
@@ -175,7 +181,12 @@ class Run:
         self.current = None
 
     def noise_sigma(self, timestep: torch.Tensor) -> float:
-        """Return the noise level of an evaluation, fetched once: it may wait for the device."""
-        if timestep is not self._timestep[0]:
-            self._timestep = (timestep, float(timestep.flatten()[0]))
-        return self._timestep[1]
+        """Return the noise level of an evaluation, fetched once: it may wait for the device.
+
+        A sampler may write each noise level into one and the same tensor.
+        """
+        known, evaluation, noise_sigma = self._timestep
+        if timestep is not known or evaluation != self.report.evaluations:
+            noise_sigma = float(timestep.flatten()[0])
+            self._timestep = timestep, self.report.evaluations, noise_sigma
+        return noise_sigma

@@ -54,7 +54,7 @@ def request(state: BranchState, step: Step, call: Call) -> SaliencyRequest:
     if chunks and call.window is None and (call.chunk_rows != shape[0] or in_tiles):
         raise GuidanceError(
             f"{blur.label}: the mask from attention does not work where another node cuts the "
-            "latent in tiles. Set mask to 'everywhere'."
+            "latent in tiles, or the batch in parts. Set mask to 'everywhere'."
         )
     window = call.options.get("context_window")
 
@@ -111,8 +111,9 @@ def _attention_over_latent(
         parts = run.saliency.get((blur, cond["uuid"]))
         if not parts:
             run.report.warn_once(
-                f"{blur.label}: no attention was seen for a prompt, because another node "
-                "answered for the model. It pauses until there is some."
+                f"{blur.label}: no attention was measured for a prompt. Another node answered for "
+                "the model, cut its batch in parts, or compares other prompts than ComfyUI does. "
+                "It pauses until there is some."
             )
             return None
         weight = placed.mult[:, :1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from ..batch.call import COMPILE_KEY, KEY, Call
 from ..batch.network_call import NetworkCall
-from ..batch.rows import Join, Key
+from ..batch.rows import Join, Key, PrivateUuid
 from ..batch.trees import tensors_in
 from .run import Run
 from .state import BranchState
@@ -75,8 +76,7 @@ class Precomputed:
     def find(self, key: Key, inputs: list[torch.Tensor], *, direct: bool) -> Prediction | str:
         """Return the prediction for some rows of another call, or why there is none.
 
-        Values are compared unless nothing stands between the host's batch and the network that may
-        reorder rows (`direct`).
+        Values are compared unless the key says which rows are meant (`direct`).
         """
         known = self.predictions.get(key)
         if not known:
@@ -116,10 +116,12 @@ class Step:
         evaluations: of the base predictions; rows join those of the first.
         labels: the side that the base pass took each cond for.
         together: the conds of each of its calls; none where the caller names none.
+        times: how often it evaluated each cond, in each window of a long latent.
         guided: those that guided it.
         perturbed: the conds whose base predictions were perturbed themselves.
         measured: whose attention was measured in it, by who asks.
         in_base_pass: model calls are those of the base predictions.
+        is_cut: the network ran with other rows than its call named.
         may_mix: code of other nodes may make rows of other rows of their batch, or count on them.
         guider: the host's; None if it does not let this pack wrap its evaluations.
         is_direct: nothing stands between the host's batch and the network that may reorder rows.
@@ -140,12 +142,14 @@ class Step:
         self.precomputed = Precomputed()
         self.labels: dict[Hashable, int] = {}
         self.together: list[set[Hashable]] = []
+        self.times = Counter[Key]()
         self.guided = set[BranchState]()
         self.perturbed = set[Hashable]()
         self.measured = set[Hashable]()
         self.guider = guider
+        self.is_cut = False
         self.in_base_pass = guider is not None
-        wrappers = model_options["transformer_options"].get("wrappers", {})
+        wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
         others = set(wrappers.get("apply_model", {})) - {KEY, COMPILE_KEY}
         self.is_direct = "model_function_wrapper" not in model_options and not others
         self.may_mix = not self.is_direct
@@ -155,6 +159,16 @@ class Step:
         self.may_mix |= mixes
         self.labels.update(zip(call.uuids, call.options.get("cond_or_uncond", ()), strict=False))
         self.together.append(set(call.uuids))
+        self.times.update((uuid, call.window) for uuid in call.uuids)
+
+    def knows_rows(self, key: Key) -> bool:
+        """Tell whether a cond's name says which rows are meant: of one call, in the host's order.
+
+        Other nodes may evaluate a prompt several times: for each image of a batch, or each tile.
+        """
+        uuid, window = key
+        original = uuid.original if isinstance(uuid, PrivateUuid) else uuid
+        return self.is_direct and self.times[original, window] == 1
 
     def end_base_pass(self, args: Args) -> None:
         """Note what was predicted, from a pre-CFG call; what is evaluated later is not base."""

@@ -19,8 +19,7 @@ class Branch:
 
     with `denoised` whatever the graph made of the ordinary predictions. The difference is computed
     in every n-th evaluation, `every`, and held between them. Instances are immutable and hold
-    neither tensors nor networks, so clones of a model may share them, also between threads, and a
-    deep copy of a model's options is small.
+    neither tensors nor networks, so clones of a model may share them, also between threads.
     """
 
     perturbation: Perturbation
@@ -31,6 +30,10 @@ class Branch:
     rescale_mode: str = "full"
     reuse: bool = True
     every: int = 1
+
+    def __deepcopy__(self, _memo: object) -> Branch:
+        """Return the branch itself: copies of a model's options guide by the same one."""
+        return self
 
     @property
     def joins(self) -> bool:
