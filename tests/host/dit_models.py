@@ -34,6 +34,7 @@ class Tiny:
         refs: the conditioning's reference images, as `cond`; empty if the family takes none.
         odd: it takes sizes that are not whole patches.
         sound: frames of sound that share the latent.
+        options: of the host, which a node sets on the model.
     """
 
     config: str
@@ -48,6 +49,7 @@ class Tiny:
     odd: bool = True
     still: bool = False
     sound: int = 0
+    options: dict = field(default_factory=dict)
 
     @property
     def frames(self):
@@ -65,6 +67,8 @@ TINY = {
     "aura": Tiny("AuraFlow", nets.AURA, channels=4),
     "qwen": Tiny("QwenImage", nets.QWEN, video=True, refs=more.REFS),
     "qwen_no_noise": Tiny("QwenImage", nets.QWEN | more.NO_NOISE, video=True, refs=more.REFS),
+    "qwen21": Tiny("QwenImage21", more.QWEN_21, channels=64, unit=1, refs=more.REFS_AND_ONE,
+                   options={"qwen_image21_cache": {"device": "off"}}),
     "mage": Tiny("MageFlow", nets.MAGE, channels=128, unit=1, refs=more.REFS),
     "lumina2": Tiny("Lumina2", nets.LUMINA),
     "zimage": Tiny("ZImage", nets.Z_IMAGE),
@@ -96,6 +100,8 @@ TINY = {
     "anima": Tiny("Anima", nets.COSMOS, video=True),
     "cosmos1": Tiny("CosmosT2V", nets.COSMOS_1, video=True, odd=False),
     "kandinsky5": Tiny("Kandinsky5", nets.KANDINSKY, video=True, odd=False),
+    "kandinsky6": Tiny("Kandinsky6", nets.KANDINSKY | more.KANDINSKY_6, video=True, sound=5,
+                       refs=more.KANDINSKY_REF),
     "krea2": Tiny("Krea2", nets.KREA, video=True, still=True, refs=more.REFS),
     "krea2_no_noise": Tiny("Krea2", nets.KREA | more.NO_NOISE, video=True, still=True,
                            refs=more.REFS),
@@ -150,7 +156,9 @@ def tiny_dit(kind, *, seed=0, dtype=torch.float32, **changes):
     more.shrink(model.diffusion_model)
     randomise(model.diffusion_model, seed)
     more.sharpen(model.diffusion_model)
-    return patcher_of(model)
+    patcher = patcher_of(model)
+    patcher.model_options["transformer_options"].update(tiny.options)
+    return patcher
 
 
 def shape_of(kind, size=CELLS, *, frames=2, batch=1):
@@ -211,8 +219,9 @@ def sampled(model, kind, shape=None, *, batch=1, steps=2, cfg=4.0, cond=None, **
 
 def with_sound(kind, video):
     """Return a video's latent with the same sound for all of a batch."""
-    sound = noise_like((1, 8, TINY[kind].sound, 16), 67)
-    return NestedTensor([video, sound.repeat(len(video), 1, 1, 1)])
+    frames = TINY[kind].sound
+    sound = noise_like((1, frames, 40) if kind == "kandinsky6" else (1, 8, frames, 16), 67)
+    return NestedTensor([video, sound.expand(len(video), *sound.shape[1:])])
 
 
 def packed(value):

@@ -20,15 +20,17 @@ OVERRIDE = "optimized_attention_override"
 # What networks call their lists of blocks, in forward order; each has one of them or two.
 LISTS = (
     "joint_blocks", "patch_blocks", "double_blocks", "double_layers", "double_stream_blocks",
-    "double_stream_layers", "transformer_blocks", "visual_transformer_blocks",
+    "double_stream_layers", "transformer_blocks", "visual_transformer_blocks", "visual_blocks",
     "language_model.layers", "layers", "blocks", "pixel_blocks", "single_blocks", "single_layers",
     "single_stream_blocks", "single_stream_layers",
 )  # fmt: skip
 # Only the first attention of their blocks is the image's own; text, sound or control follow.
 FIRST = {
     "ltxv", "ltx2", "ltx2_silent", "ltx2_keyframes", "cosmos1", "cosmos2", "anima", "kandinsky5",
-    *(kind for kind in TINY if kind.startswith("wan")),
+    "kandinsky6", *(kind for kind in TINY if kind.startswith("wan")),
 }  # fmt: skip
+# They attend to each part of the sequence by itself, to the image's last.
+LAST = {"qwen21"}
 ONLY_FLOAT32 = {"cosmos1", "hidream_o1"}
 PIXELS = {"pixeldit", "pid"}  # have blocks that the image's tokens do not enter
 KEYS_TOO = {"hidream_o1"}  # hand keys on from block to block, besides tokens
@@ -140,21 +142,25 @@ def image_rows(queries):
 
 
 def found_rows(model, kind, shape, cond=None):
-    """Return the image's rows in the queries of the first block, and the number of queries."""
+    """Return the image's rows in the queries of the first block, and the number of queries.
+
+    Of the last attention's keys, for families that attend to each part of the tokens by itself.
+    """
     noise, found = varied(kind, shape), []
     model = without_refiners(model)
     with entered(model) as state:
 
-        def look(func, query, *args, **kwargs):
-            if state["block"] == 0 and not found:
+        def look(func, query, key, *args, **kwargs):
+            if state["block"] == 0 and (not found or kind in LAST):
+                before = key.shape[-2] - query.shape[-2] if kind in LAST else 0
                 split = kwargs.get("skip_reshape")
-                found.append(query.transpose(1, 2).flatten(2) if split else query.clone())
-            return func(query, *args, **kwargs)
+                found[:] = query.transpose(1, 2).flatten(2) if split else query.clone(), before
+            return func(query, key, *args, **kwargs)
 
         model.model_options["transformer_options"][OVERRIDE] = look
         sampled(model, kind, noise.shape, steps=1, cfg=1.0, noise=noise, cond=cond)
-    (queries,) = found
-    return image_rows(queries), queries.shape[1]
+    queries, before = found
+    return [before + row for row in image_rows(queries)], before + queries.shape[1]
 
 
 def dense_guidance(model, kind, rows, length, blocks, *, scale=1.0, side="cond", **change):
@@ -163,7 +169,7 @@ def dense_guidance(model, kind, rows, length, blocks, *, scale=1.0, side="cond",
     Args:
         model: the model to guide.
         kind: its row in `TINY`.
-        rows: the image's rows in the first block's queries.
+        rows: the image's rows in the first block's queries, as `found_rows` counts them.
         length: number of queries there.
         blocks: numbers of the changed blocks.
         scale: guidance weight.
@@ -177,7 +183,9 @@ def dense_guidance(model, kind, rows, length, blocks, *, scale=1.0, side="cond",
 
             def attention(func, query, key, value, heads, *args, **kwargs):
                 state["call"] += 1
-                if state["block"] not in blocks or (kind in FIRST and state["call"] > 0):
+                others = kind in FIRST and state["call"] > 0
+                others = others or (kind in LAST and key.shape[-2] != length)
+                if state["block"] not in blocks or others:
                     return func(query, key, value, heads, *args, **kwargs)
                 mask = kwargs.get("mask", args[0] if args else None)
                 query, key, value = by_head((query, key, value), heads, kwargs)

@@ -38,6 +38,11 @@ HIDREAM_O1 = {
         "num_position_embeddings": 16, "deepstack_visual_indexes": (),
     },
 }  # fmt: skip
+KANDINSKY_6 = {"time_dim_a": 32, "model_dim_a": 48, "ff_dim_a": 64, "head_dim_a": 16}
+QWEN_21 = {
+    "in_channels": 64, "out_channels": 64, "num_layers": 4, "attention_head_dim": 16,
+    "num_attention_heads": 2, "context_in_dim": 24, "mlp_ratio": 2, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
 LONGCAT = {"guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]}
 PID = {
     "lq_latent_channels": 4, "lq_hidden_dim": 8, "lq_num_res_blocks": 1, "pit_lq_inject": True,
@@ -82,12 +87,16 @@ def seen(shape):
 # What else conditionings hold: functions of the latent's shape.
 
 REFS = {"reference_latents": references}
+REFS_AND_ONE = {  # of the image's own size
+    "reference_latents": lambda shape: [*references(shape), noise_like((1, *shape[1:]), 54)]
+}
 FRAME = {"reference_latents": lambda shape: [noise_like((1, shape[1], 1, *shape[-2:]), 53)]}
 OMNI_REFS = REFS | {
     "reference_latents_text_embeds": lambda _: [noise_like((1, n, 24), 60 + n) for n in (5, 6)],
     "clip_vision_outputs": seen,
 }
 HUNYUAN_REF = {"ref_latent": lambda shape: noise_like((1, shape[1], 1, *shape[-2:]), 53)}
+KANDINSKY_REF = {"k6_reference": lambda shape: noise_like((1, shape[1], 1, *shape[-2:]), 53)}
 ALL_TOKENS = {"attention_mask": lambda _: torch.ones(1, 7, dtype=torch.long)}
 LLAMA = {"conditioning_llama3": lambda _: noise_like((1, 3, 7, 24), 41)}
 BESIDE = {"concat_latent_image": lambda shape: noise_like((1, *shape[1:]), 54)}

@@ -9,7 +9,7 @@ import torch
 from choice import each
 from comfy_extras.nodes_sag import attention_basic_with_sim
 from dit_models import ALL, KINDS, TINY, sampled, shape_of, tiny_dit
-from dit_oracle import PIXELS, entered, exact_model, found_rows, grid_size, selector
+from dit_oracle import LAST, PIXELS, entered, exact_model, found_rows, grid_size, selector
 from family_oracle import blurred_where_attended, drawn, guide
 from host_oracle import by_head, deviation
 from stand_ins import attention_override
@@ -25,13 +25,15 @@ sag = functools.partial(guide, "SAG", scale=0.5, blur_sigma=SIGMA)
 
 def by_hand(kind, blocks, shape, size, state):
     """Return a model guided by the formula, with whole maps of blocks; `state` is of `entered`."""
-    rows, _ = found_rows(tiny_dit(kind), kind, shape_of(kind, size))
+    rows, length = found_rows(tiny_dit(kind), kind, shape_of(kind, size))
+    rows = list(range(len(rows))) if kind in LAST else rows
     grid, unit = grid_size(kind, shape), TINY[kind].unit
     seen = []
 
     def record(func, query, key, value, heads=None, *args, **kwargs):
         state["call"] += 1
-        if state["block"] in blocks and state["call"] == 0:
+        is_own = key.shape[-2] == length if kind in LAST else state["call"] == 0
+        if state["block"] in blocks and is_own:
             mask = kwargs.get("mask", args[0] if args else None)
             seen.append(drawn(*by_head((query, key), heads, kwargs), rows, mask)[:1])
         return func(query, key, value, heads, *args, **kwargs)

@@ -11,12 +11,13 @@ from choice import each
 from comfy.ldm.modules import attention
 from comfy.ldm.wan import model as wan
 from comfy_extras import nodes_lt
-from dit_models import sampled, tiny_dit
+from dit_models import KINDS, sampled, tiny_dit
 from dit_oracle import OVERRIDE, block_modules, exact_model, selector
 from family_oracle import guide
 from host_models import seg
 from host_oracle import deviation
 from no_op import NOTHING, hardly, nothing
+from reuse_checks import reported
 from stand_ins import shipped
 
 STG, MODALITY = "LTXVSpatioTemporalGuidance", "LTXVModalityGuidance"
@@ -96,3 +97,20 @@ def test_blocks_that_are_not_changed_keep_the_attention_that_the_model_prefers(
     sampled(guided, kind)
     without = {(False, False)} if reuse else {(False, False), (True, False)}
     assert seen == {*without, (True, True)}, "inside the changed block, and with an override"
+
+
+@pytest.mark.skipif("qwen21" not in KINDS, reason="this ComfyUI has no such network")
+@pytest.mark.parametrize(*each(method=["SEG", "PAG", "TPG", "SSG"], cfg=[1.0, 4.0]))
+def test_a_kept_prompt_of_qwen_image_2_1_changes_calls_and_not_the_result(method, cfg):
+    guided = guide(method, exact_model("qwen21"), blocks="1-2")
+    kept = guided.clone()
+    kept.model_options["transformer_options"].pop("qwen_image21_cache")
+    with reported() as counts:
+        found = sampled(kept, "qwen21", cfg=cfg)
+    assert counts.shared == 0
+    assert counts.because("keeps the keys of the prompt") == counts.full.total() == 2
+    with reported() as counts:
+        expected = sampled(guided, "qwen21", cfg=cfg)
+    assert counts.shared == 2
+    assert deviation(found, expected) <= NOTHING
+    assert deviation(found, sampled(exact_model("qwen21"), "qwen21", cfg=cfg)) > 1e-3

@@ -84,16 +84,17 @@ def own_options(
     """
 
     def handle(number: int, run: NetworkCall) -> Any:
-        given = {name: v for name, v in run.arguments.items() if are_options(v)}
-        if given:
-            return run.replaced(**{name: change(number, v) for name, v in given.items()}).run()
-        saved = dict(options)
-        options.update(change(number, options))
+        found = [value for value in run.arguments.values() if are_options(value)]
+        given = {id(one): one for one in found or [options]}.values()
+        saved = [dict(one) for one in given]
+        for one in given:  # in place: what attends in a block may have been given them before
+            one.update(change(number, one))
         try:
             return run.run()
         finally:
-            options.clear()
-            options.update(saved)
+            for one, before in zip(given, saved, strict=True):
+                one.clear()
+                one.update(before)
 
     with wrapped(modules, handle):
         yield

@@ -128,6 +128,14 @@ class DiT(NetworkAdapter):
             )
         return Span(start, grid, row, keys - queries if family.cached_keys else 0, self._patch)
 
+    def _attends_to_image(self, call: Call, keys: int) -> bool:
+        """Tell whether the image is in an attention call, if each part of a sequence has its own.
+
+        Only the image's, the last, has all keys.
+        """
+        prefix = self.family.prefix(self.network, call)
+        return prefix is None or keys == prefix + self._grid(call).tokens
+
     def _grid(self, call: Call) -> TokenGrid:
         """Return the token grid of a call."""
         return self.family.grid(call, self._patch)
@@ -167,6 +175,8 @@ class DiT(NetworkAdapter):
         def override(func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
             attend = func if before is None else functools.partial(before, func)
             attention = Attention(attend, args, kwargs, chained=before is not None)
+            if not self._attends_to_image(call, attention.keys):
+                return attention.run()
             here = next(editors)
             if self.family.first_only and here is not editor:
                 return attention.run()

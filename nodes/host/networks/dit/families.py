@@ -24,10 +24,13 @@ from .grids import (
     one_cell,
     padded_prompt,
     patch_size,
+    prompt_and_references,
     reference_frames,
     reference_image,
     reference_patches,
+    reference_tail,
     without_guides,
+    without_tail,
 )
 
 
@@ -35,6 +38,13 @@ def _one_reference(call: Call) -> str:
     if call.extra.get("ref_latent") is None:
         return ""
     return "ComfyUI takes this reference image for one picture at a time"
+
+
+def _kept_prompt(call: Call) -> str:
+    setting = call.options.get("qwen_image21_cache", {})
+    if not call.model.diffusion_model.prefix_cache_enabled or setting.get("device") == "off":
+        return ""
+    return "ComfyUI keeps the keys of the prompt for all rows of a call"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +68,8 @@ class Family:
         others: how many tokens are not the image's, nor counted by ``beside``, where it is known.
         row: tokens from one row of the image to the next.
         first_only: only a block's first attention call is self-attention of the image.
+        prefix: tokens before the image where a block attends to each part of the sequence in a call
+            of its own, which sees all before it; None where it attends to all in one call.
         cached_keys: keys of tokens without queries come before the queries' own.
         axes: where rows are not the first axis of what goes into a block or comes out of it.
         shared: attributes of the network that no perturbation reaches, and take rows alone.
@@ -80,6 +92,7 @@ class Family:
     others: Callable[[Any, Call], int | None] = lambda *_: None
     row: Callable[[Any, Call, TokenGrid], int] = lambda _network, _call, grid: grid.width
     first_only: bool = False
+    prefix: Callable[[Any, Call], int | None] = lambda *_: None
     cached_keys: bool = False
     axes: Axes = field(default_factory=dict)
     shared: tuple[str, ...] = ()
@@ -126,6 +139,7 @@ _LTX = {
 }
 _COSMOS_1 = {"x": 3, "crossattn_emb": 1, OUTPUT: 3, "rope_emb_L_1_1_D": None}
 _NO_OPTIONS = "its attention is out of reach: it does not pass on the host's options"
+_NOT_CALLED = "ComfyUI runs its blocks without calling them, so they cannot be changed"
 
 FAMILIES = (
     Family("Flux, Flux.2, LongCat-Image", "flux.model.Flux", _TWO, _IMG_TXT, references=True),
@@ -140,6 +154,9 @@ FAMILIES = (
            {"double": Carried(("c", "x"), "x"), "single": Carried(("cx",), "cx")}),
     Family("Qwen-Image, Qwen-Image-Edit", "qwen_image.model.QwenImageTransformer2DModel",
            {"double": "transformer_blocks"}, _TXT_HIDDEN, references=True),
+    Family("Qwen-Image 2.1", "qwen_image21.model.QwenImage21Transformer2DModel",
+           {"single": "transformer_blocks"}, {"single": _X}, patch=one_cell,
+           prefix=prompt_and_references, cached_keys=True, obstacle=_kept_prompt),
     Family("Lumina 2, Z-Image, NewBie", "lumina.model.NextDiT", {"double": "layers"},
            {"double": _X}, variants=("lumina.model.NextDiTPixelSpace",), beside=frames_and_padding,
            others=padded_prompt, shared=("context_refiner", "noise_refiner")),
@@ -161,6 +178,9 @@ FAMILIES = (
     Family("Kandinsky 5", "kandinsky5.model.Kandinsky5", {"double": "visual_transformer_blocks"},
            {"double": Carried(("visual_embed",), "visual_embed")}, video=True, anchor="start",
            others=none, first_only=True),
+    Family("Kandinsky 6", "kandinsky6.model.Kandinsky6NativeAVDiT", {"double": "visual_blocks"},
+           {"double": Carried(("visual_embed", "audio_embed"), "visual_embed")}, video=True,
+           anchor="start", grid=without_tail, others=reference_tail, first_only=True),
     Family("Krea 2", "krea2.model.SingleStreamDiT", {"single": "blocks"}, {"single": _X},
            patch=lambda n: (1, n.patch, n.patch), grid=each_frame_alone),
     Family("Lens", "lens.model.LensTransformer2DModel", {"double": "transformer_blocks"},
@@ -201,7 +221,10 @@ FAMILIES = (
     Family("MiniMax H3", "minimax.model.MiniMaxH3Model",
            unsupported="it packs several media into one sequence, which is not implemented"),
     Family("Wan Animate 2", "wan.model_animate2.WanAnimate2Model",
-           unsupported="ComfyUI runs its blocks without calling them, so they cannot be changed"),
+           unsupported=_NOT_CALLED),
+    Family("SenseNova U1.5", "sensenova.model.SenseNovaU15", unsupported=_NOT_CALLED),
+    Family("Prism", "prism.model.Prism",
+           unsupported="its sparse attention is its own, which ComfyUI cannot override"),
     Family("Wan autoregressive", "wan.ar_model.CausalWanModel",
            unsupported="each evaluation moves its cache of past frames on, so there can be no "
            "second one"),

@@ -44,13 +44,34 @@ def each_frame_alone(call: Call, patch: Patch) -> TokenGrid:
     return grid_of((*call.x.shape[:2], *call.x.shape[-2:]), patch)
 
 
+def _video(call: Call, patch: Patch) -> TokenGrid:
+    """Return the grid of a video, also of one that shares the latent with its sound."""
+    shapes = call.extra.get("latent_shapes")
+    return grid_of(call.x.shape if shapes is None else shapes[0], patch)
+
+
 def without_guides(call: Call, patch: Patch) -> TokenGrid:
     """Return the grid of a video without the guide frames at its end: they are given, not made."""
-    shapes = call.extra.get("latent_shapes")  # of audio-video models, whose x is packed
-    video = grid_of(call.x.shape if shapes is None else shapes[0], patch)
+    video = _video(call, patch)
     guides = call.extra.get("keyframe_idxs")
     frames = 0 if guides is None else -(-guides.shape[2] // video.cells)
     return TokenGrid(max(video.frames - frames, 1), video.height, video.width)
+
+
+def without_tail(call: Call, patch: Patch) -> TokenGrid:
+    """Return the grid of a video whose latent may end with a reference frame."""
+    video = _video(call, patch)
+    tail = bool(call.extra.get("k6_reference_tail"))
+    return TokenGrid(video.frames - tail, video.height, video.width)
+
+
+def reference_tail(network: Any, call: Call) -> int:
+    """Return the number of tokens of a reference frame behind the video, of the latent or not."""
+    reference = call.extra.get("k6_reference")
+    video = _video(call, patch_size(network))
+    if reference is not None:
+        return grid_of(reference.shape, patch_size(network)).tokens
+    return video.cells if call.extra.get("k6_reference_tail") else 0
 
 
 def reference_patches(_network: Any, call: Call, _grid: TokenGrid) -> int:
@@ -78,6 +99,12 @@ def padded_prompt(network: Any, call: Call) -> int | None:
     extra = call.extra.get("direct_context")
     tokens += 0 if extra is None else extra.shape[1]
     return tokens + _to_fill(network, tokens)
+
+
+def prompt_and_references(network: Any, call: Call) -> int:
+    """Return the number of tokens of the prompt and of reference images."""
+    prompt = 0 if call.c_crossattn is None else call.c_crossattn.shape[1]
+    return prompt + references(call, one_cell(network))
 
 
 def none(*_: Any) -> int:
