@@ -87,6 +87,23 @@ def regrouped(apply_model, args):
     return torch.cat(out.chunk(2), dim=-1)
 
 
+def turned(inputs):
+    """Return inputs of the network with the rows of each tensor in the opposite order."""
+    return {n: v.flip(0) if torch.is_tensor(v) and v.ndim else v for n, v in inputs.items()}
+
+
+@patched("unet_function_wrapper")
+def turned_outside(apply_model, args):
+    """As nodes that put the sides in an order of their own, under the labels as they were."""
+    return apply_model(**turned({"x": args["input"], "t": args["timestep"], **args["c"]})).flip(0)
+
+
+@wrapped(WRAPPERS.DIFFUSION_MODEL)
+def turned_inside(executor, *args, **kwargs):
+    """As the above, inside of the model call."""
+    return executor(*turned(dict(enumerate(args))).values(), **turned(kwargs)).flip(0)
+
+
 @wrapped(WRAPPERS.CALC_COND_BATCH)
 def one_by_one(executor, model, conds, x, timestep, options):
     """As nodes with windows of their own: the evaluation runs for each part of the latent."""
@@ -213,6 +230,8 @@ KINDS = {
     "prompts altered by an own evaluation": noise_on_prompts,
     "pieces, one call each": in_pieces,
     "pieces regrouped in one call": regrouped,
+    "rows in another order": turned_outside,
+    "rows in another order inside of the call": turned_inside,
     "parts evaluated one by one": one_by_one,
     "effects by side": reads_the_label,
     "attention made of both sides": shipped(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import uuid
+from unittest import mock
 
 import comfy.model_patcher
 import comfy.samplers
 import torch
 from dit_models import prompt, shape_of
-from host_models import conditioning, noise_like
+from host_models import conditioning, noise_like, tiny_model
 from stand_ins import patched
 
 LATENT = (1, 4, 6, 8)
@@ -79,6 +82,40 @@ class ShowsItsResult(ByHand):
     shown = staticmethod(lambda x, result: result)
 
 
+class AltersByItself(ByHand):
+    """As guiders that rescale or skim a prediction before cfg, of a latent of their own."""
+
+    def evaluated(self, x, timestep, options):
+        cond, uncond = super().evaluated(x.clone(), timestep, options)
+        return [0.9 * cond, uncond]
+
+
+class EvaluatesElsewhere(ByHand):
+    """As samplers with a corrector of their own: the latent that they show is not evaluated."""
+
+    def evaluated(self, x, timestep, options):
+        return super().evaluated(0.9 * x, timestep, options)
+
+
+class BlendsTwoModels(ByHand):
+    """As guiders that blend the predictions of two models of a kind; the guided one is second."""
+
+    def evaluated(self, x, timestep, options):
+        own, self.inner_model = self.inner_model, another_model()
+        others = super().evaluated(x, timestep, options)
+        self.inner_model = own
+        outs = super().evaluated(x, timestep, options)
+        return [0.5 * (one + other) for one, other in zip(outs, others, strict=True)]
+
+
+@functools.cache
+def another_model():
+    """Return the loaded model of another checkpoint."""
+    patcher = tiny_model("sdxl", seed=5, dtype=torch.float64)
+    patcher.model.current_patcher = patcher
+    return patcher.model
+
+
 class RunsFunctionsTwice(ByHand):
     """As guiders that apply cfg twice to one evaluation: at two strengths, or in two places."""
 
@@ -139,6 +176,15 @@ class CopiesTheOptions(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         return super().predict_noise(x, timestep, copy.deepcopy(model_options), seed)
+
+
+class NamesPromptsAnew(comfy.samplers.CFGGuider):
+    """As guiders that make their prompts anew in each step, with identities of their own."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        renamed = {n: [{**c, "uuid": uuid.uuid4()} for c in v] for n, v in self.conds.items()}
+        with mock.patch.object(self, "conds", renamed):
+            return super().predict_noise(x, timestep, model_options, seed)
 
 
 class BreaksOff(comfy.samplers.CFGGuider):

@@ -12,7 +12,7 @@ from dit_models import tiny_dit
 from family_oracle import guide
 from host_models import sample, seg, shared_model, tiny_model
 from host_oracle import deviation
-from no_op import CFG, NOTHING, STEPS, network_runs, network_state, run
+from no_op import ACTS, CFG, NOTHING, STEPS, network_runs, network_state, run
 from reuse_checks import outcome, warned
 from stand_ins import patched
 from surroundings import raises_beyond
@@ -51,6 +51,7 @@ def test_a_joined_call_that_raises_is_repeated_as_the_host_made_it(error, cfg, c
     assert torch.equal(found, whole_pass(cfg))
     (warning,) = warned(caplog)
     assert ("memory" if error == "out of memory" else MISMATCH) in warning
+    assert "other node" not in warning, "nobody knows whose fault it is"
     assert len([n for n in rows if n > CFG[cfg]]) == 1, "one call was tried, then no more"
     assert len(rows) == 2 * STEPS + 1, "each later step makes the plain call and a whole pass"
     assert f"{STEPS} of {STEPS} model evaluations guided" in caplog.text
@@ -103,6 +104,37 @@ def test_a_joined_call_of_a_later_step_that_raises_leaves_nothing_on_the_network
     assert len(warned(caplog)) == 1
     assert failed != [before], "while a call lasts, there is something on it"
     assert network_state(model) == before
+
+
+def averaging():
+    """Return code that averages attention over the steps, whichever rows it is given."""
+    known = {}
+
+    @patched("attn1_output_patch")
+    def averaged(out, options):
+        place = (*options["block"], options["block_index"])
+        known[place] = 0.7 * out + 0.3 * known.get(place, out)
+        return known[place]
+
+    return averaged
+
+
+def test_code_that_has_kept_perturbed_rows_is_named_with_advice():
+    with pytest.raises(ValueError, match=r"kept those of perturbed rows.*Switch reuse off"):
+        run(averaging()(seg(shared_model())), cfg=1.0)
+    found, _ = run(averaging()(seg(shared_model(), reuse=False)), cfg=1.0)
+    assert deviation(found, run(averaging()(shared_model()), cfg=1.0)[0]) > ACTS
+
+
+def test_an_error_of_a_later_plain_call_comes_out_as_it_was():
+    @patched("output_block_patch")
+    def fails_late(h, hsp, options):
+        if float(options["sigmas"][0]) < 3:
+            raise KeyError("mine")
+        return h, hsp
+
+    with pytest.raises(KeyError, match="mine"):
+        run(fails_late(seg(shared_model())))
 
 
 # Errors of the plain call, which are the host's business.

@@ -16,7 +16,8 @@ from choice import each, some
 from dit_models import KINDS, sampled, tiny_dit
 from dit_oracle import KEYS_TOO
 from family_oracle import guide
-from host_models import part, seg
+from host_models import part, sample, seg, shared_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models, variants
@@ -141,6 +142,29 @@ def test_a_guided_step_of_a_transformer_reads_each_weight_once(kind, nodes, cfg)
 
 
 # What is counted, and that it is counted right.
+
+
+class CountsCopies(TorchDispatchMode):
+    """Counts copies of latents."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.copies = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        clones = function is torch.ops.aten.clone.default
+        self.copies += clones and tuple(args[0].shape) == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["SEG", "SLG", "SAG"])
+def test_steps_before_the_window_copy_no_latent(method):
+    counts = []
+    for model in (shared_model(), guide(method, shared_model(), start=0.9)):
+        with CountsCopies((1, 4, 6, 8)) as counted:
+            sample(model, steps=4, last_step=2, size=(6, 8))
+        counts.append(counted.copies)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("flops_too", [False, True])

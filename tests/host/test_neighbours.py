@@ -40,7 +40,8 @@ ORDERS = ("before", "after")
 SIDES = ("conditional", "unconditional")
 WITHOUT_EFFECT = (
     "wrappers dropped", "functions in conditions", "tangential damping",
-    "adaptive projected guidance",
+    "adaptive projected guidance", "rows in another order",
+    "rows in another order inside of the call",
 )  # fmt: skip
 
 pag = functools.partial(guide, "PAG", scale=3.0)

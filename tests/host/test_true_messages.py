@@ -28,14 +28,20 @@ from neighbours import calls_twice
 from no_op import ACTS
 from reuse_checks import warned
 from stand_ins import patched
-from strange_guiders import BreaksOff, RunsFunctionsTwice, SkipsByItself, sampled_by
+from strange_guiders import (
+    BreaksOff,
+    NamesPromptsAnew,
+    RunsFunctionsTwice,
+    SkipsByItself,
+    sampled_by,
+)
 
 METHODS = {
-    "SEG": lambda model: seg(model),
-    "SLG": lambda model: guide("SLG", model, 2.0),
-    "SAG": lambda model: guide("SAG", model, 0.5),
-    "free": lambda model: seg(model, branch="free"),
-    "SEG and SAG": lambda model: guide("SAG", seg(model), 0.5),
+    "SEG": seg,
+    "SLG": functools.partial(guide, "SLG", scale=2.0),
+    "SAG": functools.partial(guide, "SAG", scale=0.5),
+    "free": functools.partial(seg, branch="free"),
+    "SEG and SAG": lambda model, **each: guide("SAG", seg(model, **each), 0.5, **each),
 }
 LABELS = {
     "SEG": "Smoothed Energy Guidance", "PAG": "Perturbed-Attention Guidance",
@@ -124,6 +130,17 @@ def test_guidance_at_cfg_1_acts_from_the_first_step_and_accuses_nobody(branch, c
     assert GUIDED.findall(caplog.text) == [("3", "3")] * 2
     assert "another node" not in caplog.text
     assert "its prompt was not evaluated" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["SEG", "SAG", "free"])
+def test_a_guider_that_gives_prompts_new_identities_is_said_to(method, caplog):
+    caplog.set_level("INFO")
+    found = sampled_by(NamesPromptsAnew, METHODS[method](shared_model()))
+    plain = sampled_by(NamesPromptsAnew, shared_model())
+    assert (deviation(found, plain) > ACTS) == (method == "SEG")
+    (message,) = [m for m in warned(caplog) if "new identities" in m]
+    assert ("takes an extra pass" in message) == (method == "SEG")
+    assert "not evaluated" not in caplog.text
 
 
 def test_predictions_that_are_no_numbers_are_no_fault_of_joining(caplog):

@@ -11,7 +11,7 @@ from dit_models import sampled, tiny_dit
 from family_oracle import guide
 from host_models import sample, seg, shared_model, tiny_model
 from host_oracle import deviation
-from neighbours import in_pieces, regrouped, wrappers_dropped
+from neighbours import in_pieces, regrouped, turned_inside, turned_outside, wrappers_dropped
 from no_op import NOTHING, nothing
 from reuse_checks import outcome, warned
 from stand_ins import WRAPPERS, patched, shipped, wrapped
@@ -194,7 +194,9 @@ def test_a_network_that_runs_row_by_row_is_guided_by_whole_passes(caplog):
     assert [m for m in warned(caplog) if "cut its batch in parts" in m]
 
 
-@pytest.mark.parametrize("pieces", [each_prompt_alone, regrouped, each_row_alone])
+@pytest.mark.parametrize(
+    "pieces", [each_prompt_alone, regrouped, each_row_alone, turned_outside, turned_inside]
+)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_free_has_no_effect_where_rows_are_not_those_that_their_labels_say(pieces, batch, caplog):
     found = sample(pieces(free(shared_model())), size=(8, 12), batch=batch, steps=3)

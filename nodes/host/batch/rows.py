@@ -10,18 +10,45 @@ then, and its output is handed on to the others: they would have got the same.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 
-class PrivateUuid(NamedTuple):
-    """The identity of a cond in one owner's predictions, so that caches tell them apart."""
+class PrivateUuid(uuid.UUID):
+    """The identity of a cond in one owner's predictions, so that caches tell them apart.
+
+    It is a UUID as the host's are: other nodes may sort them, or read their digits.
+
+    Attributes:
+        owner: whose predictions they are.
+        original: the cond's identity for the host.
+    """
 
     owner: Any
     original: Hashable
+
+    def __init__(self, owner: Any, original: Hashable) -> None:
+        super().__init__(int=hash((owner, original)) % 2**128)
+        object.__setattr__(self, "owner", owner)  # a UUID refuses to be written to
+        object.__setattr__(self, "original", original)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether another is the identity of the same cond, of the same owner."""
+        if not isinstance(other, PrivateUuid):
+            return False
+        return (self.owner, self.original) == (other.owner, other.original)
+
+    def __hash__(self) -> int:
+        """Return the same number for equal ones."""
+        return hash((self.owner, self.original))
+
+    def __deepcopy__(self, _memo: Any) -> PrivateUuid:
+        """Return the identity itself, where another node copies the host's options."""
+        return self
 
 
 Key = tuple[Any, Hashable]

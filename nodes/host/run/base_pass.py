@@ -18,19 +18,22 @@ from ..batch.rows import Join, PrivateUuid, Rows
 from ..batch.trees import joined, map_tensors
 from ..batch.widening import widening
 from ..settings.perturbation import BlockPerturbation
-from .compat import foreign_code, may_mix_rows, patches_in
+from .compat import foreign_code, has_rows_of_others, may_mix_rows, patches_in
 from .joining import (
     FINAL,
     Batch,
     batches_of,
+    blaming_kept_rows,
     cause_of,
     equal_within_rounding,
     free_on,
     random_numbers,
+    unknown_rows,
 )
+from .precomputed import REORDERED, Prediction, inputs_of
 from .saliency import request
 from .state import BranchState
-from .step import Prediction, Step, inputs_of
+from .step import Step
 
 Foreign = frozenset[Hashable]
 _WITNESS = object()
@@ -57,9 +60,11 @@ class BasePass:
         self._spare(call)
         batches = batches_of(step, call)
         if not batches and not any(state.branch.acts_in_base for state in step.active):
-            return call.run()
+            with blaming_kept_rows(self.run, foreign):
+                return call.run()
         run = partial(self._run, call, batches, foreign)
-        with intercepted(call, run, compiled=self.run.is_compiled(call)):
+        compiled = self.run.is_compiled(call)
+        with blaming_kept_rows(self.run, foreign), intercepted(call, run, compiled=compiled):
             out = call.run()
         self._explain(batches, "another node answered for the model")
         return out
@@ -70,7 +75,7 @@ class BasePass:
             perturbation = state.branch.perturbation
             if isinstance(perturbation, BlockPerturbation) and not state.unreachable:
                 why = self.run.network(call).pointless(perturbation, call)
-                why = why or _unknown_rows(state, self.step, call)
+                why = why or unknown_rows(state, self.step, call)
                 if why:
                     self.run.report.explain(state, why)
 
@@ -78,9 +83,11 @@ class BasePass:
         """Run the network; rows join where that goes well, and nothing else changes by it."""
         alone = Batch(call)
         # Another node may part or repeat the rows inside of the call.
-        if inner.rows != len(call.x):
+        moved = "another node changes the number of rows" if inner.rows != len(call.x) else ""
+        moved = moved or self._reordered(call, inner)
+        if moved:
             self.step.is_cut = True
-            self._explain(batches, "another node changes the number of rows")
+            self._explain(batches, moved)
             return self._run_batch(replace(alone, measures=False), inner)
         if not batches:
             return self._run_batch(alone, inner)
@@ -90,6 +97,16 @@ class BasePass:
             return self._proved(call, batches, foreign, inner)
         out = self._attempted(batches, inner)
         return self._run_batch(alone, inner) if out is None else out
+
+    def _reordered(self, call: Call, inner: NetworkCall) -> str:
+        """Tell whether another node reorders the rows, as the run's first call of several shows."""
+        run, step = self.run, self.step
+        is_whole = call.chunk_rows == len(step.evaluations[0].latent)
+        if run.is_reordered is None and len(call.uuids) > 1 and is_whole:
+            inside = "diffusion_model" in call.options.get("wrappers", {})
+            may_be = inside or not step.is_direct
+            run.is_reordered = may_be and has_rows_of_others(call, inner, step.guider)
+        return REORDERED if run.is_reordered else ""
 
     def _attempted(self, batches: list[Batch], inner: NetworkCall) -> Any:
         """Run the network with the rows that join it; if it fails, return None and join no more."""
@@ -153,12 +170,7 @@ class BasePass:
         for join in joins:
             self.step.precomputed.take(join.key)
         self._explain(batches, why)
-        labels = dict.fromkeys(join.uuid.owner.perturbation.label for join in joins)
-        self.run.report.warn_once(
-            f"{', '.join(labels)}: perturbed rows cannot share a model call beside "
-            f"other nodes here, because {why}. The rest of this run makes extra passes instead, "
-            "which are slower."
-        )
+        self.run.report.explain_extra_passes((join.uuid.owner for join in joins), why)
 
     def _explain(self, batches: list[Batch], why: str) -> None:
         """Note why rows that were to join a call are not kept, where they are not."""
@@ -211,7 +223,7 @@ class BasePass:
         for state in self.step.active:
             if state.branch.side == "free" and not state.unreachable:
                 own = [n for n, uuid in enumerate(call.uuids) if uuid in state.wanted]
-                where[state] = [call.rows(n) for n in own if rows.plain == len(call.x)]
+                where[state] = [call.rows(n) for n in own if not self.step.is_cut]
                 self.step.perturbed.update(call.uuids[n] for n in own if where[state])
             else:
                 joins = [join for join in rows.joins if join.uuid.owner is state.branch]
@@ -233,15 +245,3 @@ class BasePass:
 
 def _is_witness(join: Join) -> bool:
     return join.uuid.owner is _WITNESS
-
-
-def _unknown_rows(state: BranchState, step: Step, call: Call) -> str:
-    """Return why `free` cannot tell whose the rows of a call are; empty if it can, or need not."""
-    if state.branch.side != "free" or step.is_direct or call.window is not None:
-        return ""
-    if len(call.x) == len(call.uuids) * len(step.evaluations[0].latent):
-        return ""
-    return (
-        "another node cuts the batch in parts, so that branch 'free' cannot tell the prompts "
-        "apart. Set branch to 'conditional'"
-    )

@@ -17,6 +17,7 @@ from comfy.samplers import CFGGuider
 
 from ..batch.call import Call
 from ..batch.compiled import eager, is_compiled
+from ..batch.network_call import NetworkCall
 from ..batch.trees import tensors_in
 from ..settings.branch import Branch
 
@@ -57,6 +58,35 @@ def patches_in(options: dict[str, Any]) -> frozenset[Hashable]:
     if "optimized_attention_override" in options:
         found.add(("override", _code(options["optimized_attention_override"])))
     return frozenset(found)
+
+
+def has_rows_of_others(call: Call, inner: NetworkCall, guider: Any) -> bool:
+    """Tell whether a network is given rows of other prompts than a call names, by their text.
+
+    It costs a wait. Text that is nobody's is no sign of it: others may have altered a prompt.
+    """
+    given = inner.arguments.get("context")
+    conds = [cond for side in getattr(guider, "conds", {}).values() for cond in side or ()]
+    known = {cond["uuid"]: cond.get("model_conds", {}).get("c_crossattn") for cond in conds}
+    texts = {name: known[name].cond for name in call.uuids if known.get(name) is not None}
+    if not torch.is_tensor(given) or len(given) != len(call.x):
+        return False
+
+    def are_of(name: Hashable, rows: torch.Tensor) -> torch.Tensor:
+        text = texts[name].to(rows)
+        if text.shape[::2] != (1, rows.shape[2]):
+            return rows.new_zeros(len(rows), dtype=torch.bool)
+        tokens = min(text.shape[1], rows.shape[1])  # shorter text is repeated
+        return (rows[:, :tokens] == text[:, :tokens]).flatten(1).all(dim=1)
+
+    for chunk, name in enumerate(call.uuids):
+        rows = given[call.rows(chunk)]
+        others = [are_of(other, rows) for other in texts if other != name]
+        if name in texts and others:
+            foreign = torch.stack(others).any(dim=0) & ~are_of(name, rows)
+            if foreign.any():
+                return True
+    return False
 
 
 def _code(function: Any) -> Hashable:

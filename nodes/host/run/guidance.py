@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import comfy.samplers
 import torch
@@ -16,7 +15,7 @@ from ..settings.branch import Branch
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import InputBlur
 from .perturbed_pass import PerturbedPass
-from .report import Report
+from .report import report_of
 from .run import Run
 from .saliency import blurred_start
 from .state import BranchState
@@ -24,7 +23,6 @@ from .step import Evaluation, Step
 
 Args = dict[str, Any]
 _PATIENCE = 3
-_reports: WeakKeyDictionary[Any, tuple[float, Report]] = WeakKeyDictionary()
 
 
 class _InactiveError(Exception):
@@ -39,10 +37,11 @@ class Guidance:
 
     def __call__(self, args: Args) -> torch.Tensor:
         """Guide one prediction; outside the window `denoised` itself comes back."""
-        branch, step = self.branch, _step_of(args, self.branch)
-        run, state = step.run, step.run.state(branch)
+        branch, run = self.branch, _run_of(args, self.branch)
+        state = run.state(branch)
         if state not in run.active([branch], args["sigma"]):
             return args["denoised"]
+        step = run.step or _step_of(run, args)
         try:
             prediction, perturbed = _Comparison(state, step, args).predictions()
         except _InactiveError as pause:
@@ -75,32 +74,26 @@ def branches_of(model_options: dict[str, Any]) -> list[Branch]:
     return [function.branch for function in functions if isinstance(function, Guidance)]
 
 
-def _step_of(args: Args, branch: Branch) -> Step:
-    """Return the step that a post-CFG call belongs to.
+def _run_of(args: Args, branch: Branch) -> Run:
+    """Return the run that a post-CFG call belongs to.
 
     A guider may run none of the host's wrappers, or another node may have taken ours off the model:
     nothing joined the base predictions then, and each evaluation is a run of its own.
     """
-    model_options = args["model_options"]
-    run, branches = model_options.get(KEY), branches_of(model_options)
-    is_first = branch in branches[:1]
+    run = args["model_options"].get(KEY)
+    is_first = branch in branches_of(args["model_options"])[:1]
     if not isinstance(run, Run):
         run = Run(args["model"].model_sampling)
-        run.report = _report_of(args, is_first)
-    if run.step is not None:
-        return run.step
+        run.report = report_of(args["model"], run.noise_sigma(args["sigma"]), begins=is_first)
     if is_first and not run.is_intercepted:
         run.report.count_evaluation()
-    return Step(run, run.active(branches, args["sigma"]), args["input"], model_options)
+    return run
 
 
-def _report_of(args: Args, is_first: bool) -> Report:
-    """Return what was said so far while a model samples, which begins where the noise rises."""
-    sigma = float(args["sigma"].flatten()[0])
-    before, report = _reports.get(args["model"], (0.0, Report()))
-    report = report if sigma < before or not is_first else Report()
-    _reports[args["model"]] = sigma, report
-    return report
+def _step_of(run: Run, args: Args) -> Step:
+    """Return the step of a post-CFG call outside of those that this pack's wrapper begins."""
+    active = run.active(branches_of(args["model_options"]), args["sigma"])
+    return Step(run, active, args["input"], args["model_options"])
 
 
 @dataclass(frozen=True)
@@ -118,10 +111,13 @@ class _Comparison:
             _InactiveError: if there is nothing to compare.
         """
         state, step, args = self.state, self.step, self.args
+        is_later = 0 < state.asked < step.number
         state.asked, state.unused = step.number, False
         side = self._side()
         self._require_interception()
-        state.wanted = {cond["uuid"] for cond in args[side] or ()}
+        before, state.wanted = state.wanted, {cond["uuid"] for cond in args[side] or ()}
+        if is_later and before and state.wanted and before.isdisjoint(state.wanted):
+            step.run.report.explain_other_prompts(state)
         if args[side] is None:  # as DualCFGGuider at cfg 1 and 1
             raise _InactiveError(f"this guider makes no {side} prediction at this cfg")
         self._require_evaluation(side)
@@ -133,7 +129,7 @@ class _Comparison:
             raise _InactiveError(f"the sampler made no {side} prediction in a step")
         if free and step.perturbed.isdisjoint(state.wanted):
             unknown = "which prompts this guider compares is known after its first evaluation"
-            cut = "another node cuts the batch in parts, so the prompts cannot be told apart"
+            cut = "another node cuts the batch or reorders it: prompts cannot be told apart"
             raise _InactiveError(cut if step.is_cut else unknown)
         if not free:
             return prediction, self._perturbed(side, prediction, evaluation)
@@ -161,7 +157,8 @@ class _Comparison:
         self, side: str, prediction: torch.Tensor, evaluation: Evaluation
     ) -> torch.Tensor:
         """Return what is predicted in the place of a prediction with the perturbation at work."""
-        state, step, args = self.state, self.step, self.args
+        state, step = self.state, self.step
+        args = {**self.args, "model": evaluation.model(self.args, side)}
         branch, x, reference = state.branch, evaluation.latent, prediction
         different = "" if branch.reuse else "reuse is off"
         if evaluation is not step.evaluations[0]:

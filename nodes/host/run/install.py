@@ -100,8 +100,16 @@ def _installed(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
     """Return the options of one sampling call, in which a run meets every call of the model.
 
     The pre-CFG function stands first, so that the run sees what was evaluated before anybody alters
-    it, and does not take what other guidance nodes evaluate later for a base prediction.
+    it, and does not take what other guidance nodes evaluate later for a base prediction. Guiders
+    that evaluate by themselves run none: their predictions are seen where the host evaluates them,
+    outside of what other nodes do there to all predictions, perturbed ones too.
     """
+
+    def evaluated(executor: Any, model: Any, conds: Any, x: torch.Tensor, *rest: Any) -> Any:
+        outs = executor(model, conds, x, *rest)
+        if isinstance(run.current, BasePass):
+            run.current.step.evaluated(model, conds, x, outs)
+        return outs
 
     def before_cfg(args: dict[str, Any]) -> Any:
         if isinstance(run.current, BasePass):
@@ -115,7 +123,11 @@ def _installed(model_options: dict[str, Any], run: Run) -> dict[str, Any]:
 
     hooks = {"sampler_pre_cfg_function": before_cfg, "sampler_post_cfg_function": after_cfg}
     own = {name: [hook, *model_options.get(name, ())] for name, hook in hooks.items()}
-    return {**run.met_in(model_options), KEY: run, **own}
+    met = run.met_in(model_options)
+    wrappers = met["transformer_options"]["wrappers"]
+    kind = WrappersMP.CALC_COND_BATCH
+    wrappers[kind] = {KEY: [evaluated], **wrappers.get(kind, {})}
+    return {**met, KEY: run, **own}
 
 
 def _predict_noise(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..batch.rows import Join, PrivateUuid
 from ..batch.trees import tensors_in
 from ..settings.changes import SkipBlock
 from ..settings.errors import GuidanceError
+from .run import Run
 from .state import BranchState
 from .step import Step
 
@@ -101,6 +103,18 @@ def free_on(step: Step, uuid: Hashable) -> list[BranchState]:
     return [state for state in free if uuid in state.wanted]
 
 
+def unknown_rows(state: BranchState, step: Step, call: Call) -> str:
+    """Return why `free` cannot tell whose the rows of a call are; empty if it can, or need not."""
+    if state.branch.side != "free" or step.is_direct or call.window is not None:
+        return ""
+    if len(call.x) == len(call.uuids) * len(step.evaluations[0].latent):
+        return ""
+    return (
+        "another node cuts the batch in parts, so that branch 'free' cannot tell the prompts "
+        "apart. Set branch to 'conditional'"
+    )
+
+
 def _fits(call: Call, conds: int) -> bool:
     """Tell whether so many conds of a call's size fit into memory at once, by the host's rule."""
     shape = [conds * call.chunk_rows, *call.x.shape[1:]]
@@ -163,6 +177,30 @@ def random_numbers(device: torch.device) -> Callable[[], None]:
             torch.cuda.set_rng_state(on_device, device)
 
     return restore
+
+
+@contextmanager
+def blaming_kept_rows(run: Run, foreign: frozenset[Hashable]) -> Iterator[None]:
+    """Say what may be wrong where a plain call fails after rows have joined one in vain.
+
+    Code of other nodes that keeps tensors from call to call may have kept theirs. An error by which
+    the joined call failed, too, is the plain call's own.
+
+    Raises:
+        GuidanceError: in the place of another error, where there is such code.
+    """
+    try:
+        yield
+    except Exception as error:
+        kinds = (*FINAL, comfy.model_management.OOM_EXCEPTION)
+        is_its_own = not (run.obstacle and foreign) or cause_of(error) in run.obstacle
+        if is_its_own or isinstance(error, kinds):
+            raise
+        raise GuidanceError(
+            f"The model call fails ({cause_of(error)}). Another node may keep tensors from call to "
+            "call, and have kept those of perturbed rows that shared one. Switch reuse off in the "
+            "guidance nodes."
+        ) from error
 
 
 def cause_of(error: Exception) -> str:

@@ -20,8 +20,9 @@ from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
 from .compat import in_the_same_step, patches_in
 from .joining import FINAL, cause_of
+from .precomputed import NOT_EVALUATED, REORDERED, Prediction, inputs_of
 from .state import BranchState
-from .step import REORDERED, Prediction, Step, inputs_of
+from .step import Step
 
 Conds = list[dict[str, Any]]
 Args = dict[str, Any]
@@ -142,7 +143,10 @@ class PerturbedPass:
             return self.different
         key = call.uuids[chunk], call.window
         inputs = inputs_of(inner, call.rows(chunk))
-        return self.step.precomputed.find(key, inputs, direct=self.step.knows_rows(key))
+        found = self.step.precomputed.find(key, inputs, direct=self.step.knows_rows(key))
+        if found == NOT_EVALUATED and getattr(key[0], "original", None) in self.step.labels:
+            return "its prompt was not expected to be asked for"
+        return found
 
     def _computed(self, call: Call, inner: NetworkCall) -> Any:
         """Return the network's output, computed whole."""

@@ -8,9 +8,11 @@ import sys
 import time
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from ..settings.branch import Branch
 from ..settings.perturbation import BlockPerturbation
 from .state import BranchState
 
@@ -105,6 +107,24 @@ class Report:
         )
         self.explain(state, why)
 
+    def explain_extra_passes(self, branches: Iterable[Branch], why: str) -> None:
+        """Warn that rows of some branches no longer join the calls of the base prediction."""
+        labels = dict.fromkeys(branch.perturbation.label for branch in branches)
+        self.warn_once(
+            f"{', '.join(labels)}: perturbed rows cannot share a model call here, because {why}. "
+            "The rest of this run makes extra passes instead, which are slower."
+        )
+
+    def explain_other_prompts(self, state: BranchState) -> None:
+        """Warn that a branch was asked for other prompts than those that it prepared for."""
+        if not (state.branch.joins or state.branch.acts_in_base):
+            return  # it prepares for none
+        acts = "it has no effect" if state.branch.acts_in_base else "it takes an extra pass"
+        self.warn_once(
+            f"{state.label} is asked for other prompts than in the step before. Where that is so, "
+            f"{acts}. Guiders that give prompts new identities in each step do so."
+        )
+
     def finish(self, states: Iterable[BranchState]) -> None:
         """Say what the run did; the time of its evaluations ends here."""
         elapsed = time.perf_counter() - self._began
@@ -162,3 +182,20 @@ class Report:
                 "answers from a cache there, runs the model in its own way, or replaces these "
                 "blocks."
             )
+
+
+_reports: WeakKeyDictionary[Any, tuple[float, Report]] = WeakKeyDictionary()
+
+
+def report_of(model: Any, noise_sigma: float, *, begins: bool) -> Report:
+    """Return what was said so far while a model samples by options that hold no run.
+
+    Args:
+        model: the host's.
+        noise_sigma: noise level of the evaluation.
+        begins: the evaluation begins with this call; a run begins where the noise level rises.
+    """
+    before, report = _reports.get(model, (0.0, Report()))
+    report = Report() if begins and noise_sigma >= before else report
+    _reports[model] = noise_sigma, report
+    return report

@@ -32,6 +32,8 @@ class Run:
         recorder: what a probe records; None without a probe.
         obstacle: why rows no longer join the base predictions; empty while they may.
         proved: code of other nodes beside which a joined call was proved.
+        is_reordered: the network is given the rows of a call in another order; None until a call
+            has shown it.
         memory: what other nodes' code keeps on the network.
         saliency: attention that the conds' tokens drew, by who asks.
         current: the pass that model calls belong to now, of base or perturbed predictions.
@@ -53,6 +55,7 @@ class Run:
         self.matrices = BlurMatrices()
         self.obstacle = ""
         self.proved = frozenset[Hashable]()
+        self.is_reordered: bool | None = None
         self.memory = NetworkMemory()
         self.saliency: dict[Hashable, Any] = {}
         self.current: Any = None

@@ -112,8 +112,8 @@ def _attention_over_latent(
         if not parts:
             run.report.warn_once(
                 f"{blur.label}: no attention was measured for a prompt. Another node answered for "
-                "the model, cut its batch in parts, or compares other prompts than ComfyUI does. "
-                "It pauses until there is some."
+                "the model, cut its batch in parts or reordered it, or compares other prompts than "
+                "ComfyUI does. It pauses until there is some."
             )
             return None
         weight = placed.mult[:, :1]

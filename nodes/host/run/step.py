@@ -4,92 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..batch.call import COMPILE_KEY, KEY, Call
-from ..batch.network_call import NetworkCall
-from ..batch.rows import Join, Key, PrivateUuid
-from ..batch.trees import tensors_in
+from ..batch.rows import Key, PrivateUuid
+from .precomputed import Precomputed
 from .run import Run
 from .state import BranchState
 
 Args = dict[str, Any]
-REORDERED = "another node reorders the rows"
-_NOT_INPUTS = {"transformer_options", "control"}
-
-
-def inputs_of(call: NetworkCall, rows: slice) -> list[torch.Tensor]:
-    """Return what a network is given for some rows of its batch; the latent comes first."""
-    inputs = {n: v for n, v in call.arguments.items() if n not in _NOT_INPUTS}
-    return [t[rows] if t.ndim and len(t) == call.rows else t for t in tensors_in(inputs)]
-
-
-@dataclass
-class Prediction:
-    """One cond's rows of the network's output, and of what it was computed from."""
-
-    out: Any
-    inputs: list[torch.Tensor]
-
-    def fits(self, inputs: list[torch.Tensor]) -> bool:
-        """Tell whether it was computed from a latent of the same shape, on the same device."""
-        mine, theirs = self.inputs[0], inputs[0]
-        return mine.shape == theirs.shape and mine.device == theirs.device
-
-    def is_of(self, inputs: list[torch.Tensor]) -> bool:
-        """Tell whether it was computed from the same values, at the cost of a wait."""
-        if [t.shape for t in self.inputs] != [t.shape for t in inputs]:
-            return False
-        equal = [(a == b).all() for a, b in zip(self.inputs, inputs, strict=True)]
-        return bool(torch.stack(equal).all())
-
-
-class Precomputed:
-    """The perturbed predictions that are kept in one step, and why others are not."""
-
-    def __init__(self) -> None:
-        self.predictions: dict[Key, list[Prediction]] = {}
-        self._reasons: dict[Key, str] = {}
-
-    def keep(self, key: Key, prediction: Prediction) -> None:
-        """Keep a prediction until it is asked for."""
-        self.predictions.setdefault(key, []).append(prediction)
-
-    def take(self, key: Key) -> list[Prediction]:
-        """Return what is kept under a key, and keep it no longer."""
-        return self.predictions.pop(key, [])
-
-    def explain(self, joins: Iterable[Join], why: str) -> None:
-        """Note why there are no predictions of some rows, where there are none."""
-        for join in joins:
-            if join.key not in self.predictions:
-                self._reasons.setdefault(join.key, why)
-
-    def holds(self, key: Key, rows: int) -> bool:
-        """Tell whether there is one prediction for a cond of so many rows, and no more."""
-        known = self.predictions.get(key, [])
-        return len(known) == 1 and len(known[0].inputs[0]) == rows
-
-    def find(self, key: Key, inputs: list[torch.Tensor], *, direct: bool) -> Prediction | str:
-        """Return the prediction for some rows of another call, or why there is none.
-
-        Values are compared unless the key says which rows are meant (`direct`).
-        """
-        known = self.predictions.get(key)
-        if not known:
-            return self._reasons.get(key, "its prompt was not evaluated")
-        fitting = [one for one in known if one.fits(inputs)]
-        if not fitting:
-            return "the latent has another shape or device"
-        if direct and len(known) == 1:
-            return fitting[0]
-        same = [one for one in fitting if one.is_of(inputs)]
-        if not same:
-            return REORDERED
-        return same[0] if len(same) == 1 else "another node evaluated the prompt in several ways"
+Names = tuple[Hashable, ...]
 
 
 @dataclass(eq=False)
@@ -100,11 +27,29 @@ class Evaluation:
         given: the latent itself, by which others name the evaluation.
         latent: a copy: others may write into theirs.
         predictions: by the identities of their conds, before anybody altered them.
+        models: what made them, by the same; a guider may have several models.
     """
 
     given: torch.Tensor
     latent: torch.Tensor
-    predictions: dict[tuple[Hashable, ...], torch.Tensor]
+    predictions: dict[Names, torch.Tensor] = field(default_factory=dict)
+    models: dict[Names, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, latent: torch.Tensor) -> Evaluation:
+        """Return an evaluation of a latent, of which no prediction is known yet."""
+        return cls(latent, latent.clone())
+
+    def note(self, model: Any, conds: Iterable[Any], outs: Iterable[torch.Tensor]) -> None:
+        """Note what a model predicted for each side; the first prediction of a side stands."""
+        for side, out in zip(conds, outs, strict=False):
+            name = _names(side)
+            if name not in self.predictions:
+                self.predictions[name], self.models[name] = out.clone(), model
+
+    def model(self, args: Args, side: str) -> Any:
+        """Return the model that predicted one side of a post-CFG call."""
+        return self.models.get(_names(args[side]), args["model"])
 
 
 class Step:
@@ -121,7 +66,7 @@ class Step:
         perturbed: the conds whose base predictions were perturbed themselves.
         measured: whose attention was measured in it, by who asks.
         in_base_pass: model calls are those of the base predictions.
-        is_cut: the network ran with other rows than its call named.
+        is_cut: the network ran with other rows than its call named, or in another order.
         may_mix: code of other nodes may make rows of other rows of their batch, or count on them.
         guider: the host's; None if it does not let this pack wrap its evaluations.
         is_direct: nothing stands between the host's batch and the network that may reorder rows.
@@ -138,7 +83,7 @@ class Step:
         self.run = run
         self.number = run.report.evaluations
         self.active = [state for state in active if not state.holding.stands_in]
-        self.evaluations = [Evaluation(latent, latent.clone(), {})]
+        self.evaluations = [Evaluation.of(latent)]
         self.precomputed = Precomputed()
         self.labels: dict[Hashable, int] = {}
         self.together: list[set[Hashable]] = []
@@ -170,12 +115,30 @@ class Step:
         original = uuid.original if isinstance(uuid, PrivateUuid) else uuid
         return self.is_direct and self.times[original, window] == 1
 
+    def evaluated(self, model: Any, conds: Any, x: torch.Tensor, outs: Any) -> None:
+        """Note base predictions where the host evaluates them; a guider may alter them by itself.
+
+        Parts of the latent are none. The latent may be a copy, which is known by its values.
+        """
+        first = self.evaluations[0]
+        if not self.in_base_pass or x.shape != first.latent.shape:
+            return
+        known = next((one for one in self.evaluations if one.given is x), None)
+        alike = (x.device, x.dtype) == (first.latent.device, first.latent.dtype)
+        if known is None and alike and torch.equal(x, first.latent):
+            known = first
+        if known is None:
+            known = Evaluation.of(x)
+            self.evaluations = [*(one for one in self.evaluations if one.predictions), known]
+        known.note(model, conds, outs)
+
     def end_base_pass(self, args: Args) -> None:
-        """Note what was predicted, from a pre-CFG call; what is evaluated later is not base."""
-        given = args["input"]
-        outs = zip(args["conds"], args["conds_out"], strict=False)
-        predictions = {_names(conds): out.clone() for conds, out in outs}
-        evaluation = Evaluation(given, given.clone(), predictions)
+        """Note what was predicted, from a pre-CFG call; what is evaluated later is not base.
+
+        It is what other nodes made of the host's evaluations: of several, or of parts.
+        """
+        evaluation = Evaluation.of(args["input"])
+        evaluation.note(args["model"], args["conds"], args["conds_out"])
         if self.in_base_pass:
             self.in_base_pass = False
             self.evaluations = [evaluation]
@@ -212,5 +175,5 @@ class Step:
                 )
 
 
-def _names(conds: Any) -> tuple[Hashable, ...]:
+def _names(conds: Any) -> Names:
     return tuple(cond["uuid"] for cond in conds or ())
