@@ -112,14 +112,16 @@ def on_meta() -> Iterator[None]:
     def plenty(_device: Any = None, torch_free_too: bool = False) -> Any:
         return (1e15, 1e15) if torch_free_too else 1e15
 
-    number = torch.Tensor.__float__
+    def known(read: Callable[[torch.Tensor], Any], value: Any) -> Callable[[torch.Tensor], Any]:
+        return lambda tensor: value if tensor.is_meta else read(tensor)
 
-    def any_number(tensor: torch.Tensor) -> float:
-        return 1.0 if tensor.is_meta else number(tensor)
-
+    numbers = {
+        "__float__": known(torch.Tensor.__float__, 1.0),
+        "__bool__": known(torch.Tensor.__bool__, True),
+    }
     with (
         mock.patch.object(comfy.model_management, "get_free_memory", plenty),
-        mock.patch.object(torch.Tensor, "__float__", any_number),
+        mock.patch.multiple(torch.Tensor, **numbers),
         mock.patch.object(attention, "optimized_attention", flash_attention),
         mock.patch.object(attention, "optimized_attention_masked", flash_attention),
         mock.patch.object(comfy_extras.nodes_sag, "optimized_attention", flash_attention),

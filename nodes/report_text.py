@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean, median
-from typing import Any
 
+from .host import Branch
 from .host.probe.probe import BranchRecord, Measures, Record, StepRecord
 
 
@@ -34,7 +34,7 @@ def summary(record: Record, runs: int, made_it: bool) -> str:
     return "\n".join(lines)
 
 
-def _described(branch: Any) -> str:
+def _described(branch: Branch) -> str:
     perturbation = branch.perturbation
     smooth, blur = perturbation.smooth, ""
     if smooth is not None:

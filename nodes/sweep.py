@@ -128,7 +128,7 @@ class SEGuidanceSweep(io.ComfyNode):
         return io.NodeOutput(grid, together, ui=ui.PreviewImage(grid, cls=cls))
 
 
-def _guided(model: Any, rows: Iterable[Setting | None]) -> dict[Setting | None, Any]:
+def _guided(model: Any, listed: Iterable[Setting | None]) -> dict[Setting | None, Any]:
     """Return the model of each setting, once; those without guidance share the model itself.
 
     All are made before the first image, so that a wrong entry costs no time.
@@ -139,7 +139,7 @@ def _guided(model: Any, rows: Iterable[Setting | None]) -> dict[Setting | None, 
             f"SEG Compare applies guidance itself, but this model is already guided by "
             f"{', '.join(already)}. Connect the model from before that node."
         )
-    return {one: one.guided(model) if one else model for one in dict.fromkeys(rows)}
+    return {one: one.guided(model) if one else model for one in dict.fromkeys(listed)}
 
 
 def _grid(rows: list[list[torch.Tensor]], across: list[str], down: list[str]) -> torch.Tensor:

@@ -8,7 +8,7 @@ Its parts, from the ground up; imports only run down:
     networks    what a network is to guidance: UNets, transformers, the editor of attention
     run         one sampling call: its state, what joins, the two passes, the line in the log;
                 `run/compat.py` holds what is done for each kind of other nodes' code
-    show        what nodes that sample by themselves need of the host
+    show        sampling and decoding as the host does them, and words on a node
 """
 
 from .networks import network_of as network_of

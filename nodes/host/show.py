@@ -1,4 +1,4 @@
-"""What nodes that sample by themselves need of the host: from conditioning to pixels, and progress.
+"""Sampling and decoding for nodes that make images by themselves, and words on a node.
 
 Images are made as the host's KSampler and VAEDecode make them.
 """

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 
 import pytest
 import torch
 from choice import each, some
+from comfy.ldm.modules import attention
 from dit_models import KINDS, sampled, tiny_dit
 from dit_oracle import KEYS_TOO
 from family_oracle import guide
@@ -107,6 +109,33 @@ def test_a_finite_blur_costs_a_little_more_and_a_later_block_less():
     assert middle < cost(sigma=FINITE) < 1.01 * middle
     reads = counted("sd15", CFG, 1.0).parameters_read
     assert counted("sd15", SEG_ON, 1.0, blocks="late").parameters_read <= 1.02 * reads
+
+
+def test_one_query_attends_where_it_stands_for_all(monkeypatch):
+    attend, seen = attention.optimized_attention, []
+
+    def counting(query, *args, **kwargs):
+        seen.append(query.shape[:2])
+        return attend(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "optimized_attention", counting)
+    for sigma in (math.inf, 1.3):
+        seen.clear()
+        sample(seg(shared_model(), sigma=sigma, blocks="m0.0"), steps=1)
+        assert seen.count((1, 1)) == math.isinf(sigma)  # a row, a query
+
+
+def test_a_strength_below_1_costs_the_plain_attention_of_the_perturbed_rows_alone():
+    added = []
+    for cfg in CFGS:  # of two prompts, and of one
+        flops = []
+        for strength in (0.5, 1.0):
+            model = seg(shared_model(), 3.0, 1.3, strength=strength)
+            with FlopCounterMode(display=False) as counter:
+                sample(model, cfg=cfg, steps=1)
+            flops.append(counter.get_total_flops())
+        added.append(flops[0] - flops[1])
+    assert added[0] == added[1] > 0
 
 
 # Transformers.

@@ -8,12 +8,14 @@ import host_oracle
 import pytest
 import torch
 from choice import each
+from comfy.samplers import KSAMPLER, CFGGuider
 from dit_models import sampled, shape_of
 from dit_oracle import exact_model
 from family_oracle import guide
 from host_models import conditioning, part, sample, seg, shared_model, tiny_model
 from host_oracle import blur_map, by_head, deviation, halved
 from stand_ins import attention_override, noted
+from strange_guiders import sampled_by
 
 SIZE = (6, 10)
 
@@ -146,6 +148,21 @@ def test_steps_without_guidance_are_watched_too():
     assert record.branches == ()
     assert record.heat is None
     assert torch.equal(samples, sampled(shared_model(), "sdxl", steps=2))
+
+
+def test_noise_levels_are_kept_where_a_sampler_writes_them_into_one_tensor():
+    def step(model, x, sigmas, extra_args=None, **_):
+        level = x.new_ones([len(x)])
+        for sigma in sigmas[:-1]:
+            x = model(x, level.fill_(float(sigma)), **extra_args)
+        return x
+
+    watched, probe = probed(shared_model())
+    samples = sampled_by(
+        CFGGuider, watched, sampler=KSAMPLER(step), sigmas=torch.tensor([3.0, 2, 1, 0])
+    )
+    record, _ = probe.record(samples)
+    assert [one.noise_sigma for one in record.steps] == [3, 2, 1]
 
 
 def test_area_conds_and_several_samplers_are_recorded():

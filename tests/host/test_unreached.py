@@ -89,6 +89,11 @@ def test_what_acts_in_the_plain_pass_says_so_where_its_wrappers_are_gone(guided,
     assert "has no effect" in caplog.text
 
 
+def test_lost_wrappers_are_not_mentioned_where_nothing_needs_them(caplog):
+    sample(wrappers_dropped(seg(shared_model(), reuse=False)), steps=2)
+    assert not warned(caplog)
+
+
 def test_rows_that_nobody_asks_for_are_noticed_and_no_longer_made(caplog):
     """As beside a node that takes our function out of the list in mid-run."""
 

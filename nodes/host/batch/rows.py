@@ -99,8 +99,8 @@ class Rows:
         """Return the number of all rows."""
         return self.plain + len(self.joins) * self._each
 
-    def present(self, block: int | None) -> int:
-        """Return the number of rows that a block computes; None is behind the last."""
+    def present(self, block: int) -> int:
+        """Return the number of rows that a block computes."""
         return self.plain + len(self._joined(block)) * self._each
 
     def of(self, join: Join) -> slice:
@@ -109,7 +109,10 @@ class Rows:
         return slice(start, start + self._each)
 
     def labels(self, block: int | None, plain: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Return the host's labels of the plain chunks, and of the joins that a block computes."""
+        """Return the host's labels of the plain chunks, and of the joins that a block computes.
+
+        None stands for all joins, as there are between blocks.
+        """
         joins, of_chunks = self._joined(block), plain["cond_or_uncond"]
         return {
             "cond_or_uncond": [*of_chunks, *(of_chunks[join.chunk] for join in joins)],

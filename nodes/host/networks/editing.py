@@ -16,6 +16,7 @@ import torch
 from ....seg_core import Target, mean_queries, repeat_rows, require_heads, softened_attention
 from ..batch.active import ActivePerturbation, RowGroup, row_groups
 from ..batch.network_call import NetworkCall
+from ..batch.trees import joined
 from ..settings.changes import ChangeOutput, SmoothQueries
 from ..settings.errors import GuidanceError
 from .attention import Attention, SaliencyRequest, Span, laid_out
@@ -105,13 +106,16 @@ class AttentionEditor:
             part.show_probes()
         sizes = [part.attention.rows for part in parts]
         if attention.chained:  # another node's code may go by the labels of all rows
-            outs = attention.run(torch.cat([part.query() for part in parts])).split(sizes)
+            outs = attention.run(joined([part.query() for part in parts])).split(sizes)
+            plain = attention.run().split(sizes) if any(part.is_soft for part in parts) else outs
         else:
             outs = [part.run() for part in parts]
-        is_soft = any(smooth.strength < 1 for part in parts for _, smooth in part.smoothing)
-        plain = attention.run().split(sizes) if is_soft else outs
+            plain = [
+                part.attention.run() if part.is_soft else out
+                for part, out in zip(parts, outs, strict=True)
+            ]
         pairs = zip(parts, outs, plain, strict=True)
-        return torch.cat([part.changed(out, own) for part, out, own in pairs])
+        return joined([part.changed(out, own) for part, out, own in pairs])
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ class _Part:
         """Return who smooths the queries, and how."""
         changes = [(one, one.perturbation.smooth) for one in self.group.active]
         return [(one, smooth) for one, smooth in changes if smooth is not None]
+
+    @property
+    def is_soft(self) -> bool:
+        """True if the plain output is mixed with that of smoothed queries."""
+        return any(smooth.strength < 1 for _, smooth in self.smoothing)
 
     def query(self) -> torch.Tensor:
         """Return the queries, the image's smoothed over their grid."""

@@ -133,7 +133,8 @@ class UNet(NetworkAdapter):
         self, options: Options, target: Target, editor: AttentionEditor, *, in_time: bool
     ) -> Options:
         """Return a block's options in which the editor stands around what computes attention."""
-        before = _replacement(options, target)
+        # Asked now: the block's options will hold this replacement, too.
+        before, chained = _replacement(options, target), _is_chained(options, target)
 
         def replacement(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: Options
@@ -146,8 +147,7 @@ class UNet(NetworkAdapter):
                     *qkv, heads, attn_precision=precision, transformer_options=extra
                 )
 
-            heads, chained = {"heads": extra["n_heads"]}, _is_chained(options, target)
-            own = Attention(attend, (q, k, v), heads, chained=chained)
+            own = Attention(attend, (q, k, v), {"heads": extra["n_heads"]}, chained=chained)
             sizes = (own.queries, 1, 1) if in_time else (1, *extra["activations_shape"][-2:])
             span = self._checked_span(own, target, editor, TokenGrid(*sizes))
             return editor.run(own, target, span)

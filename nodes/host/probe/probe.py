@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..settings.branch import Branch
+
 PROBES = "smoothed_energy_guidance_probes"
 KEPT_RECORDS = 4
 
@@ -88,7 +90,7 @@ class Record:
 
     Attributes:
         number: the run's index among those of the probe, from 1.
-        branches: label, blocks, scale and window of each branch on the model.
+        branches: the settings of each branch on the model, in the order in which they act.
         steps: every evaluation of the model, in order.
         heat: for each step with guidance, where it acted: mean square over the channels, as
             ``(steps, images, height, width)``; None for latents without height and width.
@@ -98,7 +100,7 @@ class Record:
     """
 
     number: int
-    branches: tuple[Any, ...]
+    branches: tuple[Branch, ...]
     steps: tuple[StepRecord, ...]
     heat: torch.Tensor | None
     lines: tuple[str, ...]

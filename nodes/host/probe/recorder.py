@@ -83,7 +83,7 @@ class _Step:
     """One step while the run lasts; what was measured is still on the device."""
 
     def __init__(self, timestep: torch.Tensor) -> None:
-        self.timestep = timestep.flatten()[:1]
+        self.timestep = timestep.flatten()[:1].clone()  # samplers may write into theirs
         self.begin = self.end = _now(timestep.device)
         self.probes: dict[Branch, AttentionProbe] = {}
         self.branches: dict[Branch, tuple[torch.Tensor, Counts]] = {}

@@ -196,12 +196,12 @@ class _Comparison:
 
     def _require_interception(self) -> None:
         """Warn where another node keeps a branch out of the base predictions."""
-        state, step = self.state, self.step
-        if step.guider is not None:
+        state, step, branch = self.state, self.step, self.state.branch
+        needed = branch.acts_in_base
+        if step.guider is not None or not (needed or branch.joins or branch.every > 1):
             return
-        needed = state.branch.acts_in_base
         effect = "has no effect: it acts in the base predictions" if needed else "is slower"
-        effect += ", and makes its prediction in every step" if state.branch.every > 1 else ""
+        effect += ", and makes its prediction in every step" if branch.every > 1 else ""
         if needed or step.run.report.evaluations <= 1:
             step.run.report.warn_once(
                 f"{state.label} {effect}, because another node has taken this pack's sampling "

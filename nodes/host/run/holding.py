@@ -1,4 +1,4 @@
-"""Differences that are held: `every` n-th evaluation alone computes a branch's prediction anew."""
+"""Differences that are held: only every n-th evaluation computes a branch's prediction anew."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class Held:
 
     def at(self, noise_sigma: float) -> torch.Tensor:
         """Return the difference to expect at another noise level."""
-        then, now = torch.tensor([self.noise_sigma]), torch.tensor([noise_sigma])
+        # Filled in on the device: a copy from the CPU would wait for it.
+        levels = (self.noise_sigma, noise_sigma)
+        then, now = (torch.full((1,), one, device=self.difference.device) for one in levels)
         return held_difference(self.difference, then, now)
 
 

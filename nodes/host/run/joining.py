@@ -30,6 +30,8 @@ FINAL = (GuidanceError, comfy.model_management.InterruptProcessingException)
 """Errors that are no reason to try again: for the person to read, or by which they stop a run."""
 _HEADROOM = 1.5
 """What the host multiplies its estimate of memory by."""
+_TF32 = 2.0**-10
+"""Precision of TF32, in which a device may multiply matrices of float32."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,6 @@ def _size(value: Any, chunks: int) -> list[int]:
         return []
     channels = sizes[-1][1] if len(sizes[-1]) > 1 else 1
     return [1, channels, sum(map(math.prod, sizes)) // channels]
-
-
-_TF32 = 2.0**-10
 
 
 def equal_within_rounding(one: Any, other: Any, dtype: torch.dtype) -> bool:

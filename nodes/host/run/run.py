@@ -29,7 +29,10 @@ class Run:
 
     Attributes:
         model_sampling: the host's; it knows noise levels.
+        seed: of the sampler.
         recorder: what a probe records; None without a probe.
+        report: what is counted and said of it.
+        matrices: blur matrices, made once.
         obstacle: why rows no longer join the base predictions; empty while they may.
         proved: code of other nodes beside which a joined call was proved.
         is_reordered: the network is given the rows of a call in another order; None until a call

@@ -118,7 +118,8 @@ class Step:
     def evaluated(self, model: Any, conds: Any, x: torch.Tensor, outs: Any) -> None:
         """Note base predictions where the host evaluates them; a guider may alter them by itself.
 
-        Parts of the latent are none. The latent may be a copy, which is known by its values.
+        Those of parts of the latent are left out. A copy of the latent is recognised by its values,
+        at the cost of a wait.
         """
         first = self.evaluations[0]
         if not self.in_base_pass or x.shape != first.latent.shape:
