@@ -77,7 +77,18 @@ def test_the_report_appears_on_the_node_after_a_run(host, page, rendering):
         }""",
         timeout=120_000,
     )
-    page.keyboard.press(".")  # fit the view to the graph
+    page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(one => one.type === "SEGuidanceReport");
+            for (const other of app.graph.nodes) if (other !== node) other.pos = [3000, 3000];
+            node.pos = [500, 100];
+            node.size = [420, 860];
+            const view = app.canvas.ds;
+            view.scale = 1;
+            view.offset = [-200, 0];
+            app.canvas.setDirty(true, true);
+        }"""
+    )
     page.wait_for_timeout(2500)
     keep_picture(page, f"report on the node, {rendering}")
     if rendering == "Nodes 2.0":
