@@ -59,13 +59,12 @@ class BasePass:
             return call.run()
         self._spare(call)
         batches = batches_of(step, call)
-        if not batches and not any(state.branch.acts_in_base for state in step.active):
-            with blaming_kept_rows(self.run, foreign):
+        with blaming_kept_rows(self.run, foreign):
+            if not batches and not any(state.branch.acts_in_base for state in step.active):
                 return call.run()
-        run = partial(self._run, call, batches, foreign)
-        compiled = self.run.is_compiled(call)
-        with blaming_kept_rows(self.run, foreign), intercepted(call, run, compiled=compiled):
-            out = call.run()
+            run = partial(self._run, call, batches, foreign)
+            with intercepted(call, run, compiled=self.run.is_compiled(call)):
+                out = call.run()
         self._explain(batches, "another node answered for the model")
         return out
 
@@ -99,7 +98,7 @@ class BasePass:
         return self._run_batch(alone, inner) if out is None else out
 
     def _reordered(self, call: Call, inner: NetworkCall) -> str:
-        """Tell whether another node reorders the rows, as the run's first call of several shows."""
+        """Return why rows are not where a call says, as the first one of several prompts shows."""
         run, step = self.run, self.step
         is_whole = call.chunk_rows == len(step.evaluations[0].latent)
         if run.is_reordered is None and len(call.uuids) > 1 and is_whole:

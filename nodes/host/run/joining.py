@@ -28,6 +28,8 @@ from .step import Step
 
 FINAL = (GuidanceError, comfy.model_management.InterruptProcessingException)
 """Errors that are no reason to try again: for the person to read, or by which they stop a run."""
+BLAMELESS = (*FINAL, comfy.model_management.OOM_EXCEPTION)
+"""Errors that are not the fault of other nodes' code."""
 _HEADROOM = 1.5
 """What the host multiplies its estimate of memory by."""
 _TF32 = 2.0**-10
@@ -191,9 +193,8 @@ def blaming_kept_rows(run: Run, foreign: frozenset[Hashable]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kinds = (*FINAL, comfy.model_management.OOM_EXCEPTION)
         is_its_own = not (run.obstacle and foreign) or cause_of(error) in run.obstacle
-        if is_its_own or isinstance(error, kinds):
+        if is_its_own or isinstance(error, BLAMELESS):
             raise
         raise GuidanceError(
             f"The model call fails ({cause_of(error)}). Another node may keep tensors from call to "

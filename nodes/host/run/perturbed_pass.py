@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from comfy.model_management import OOM_EXCEPTION
 
 from ..batch.call import Call
 from ..batch.network_call import NetworkCall, are_options, exchanged, intercepted
@@ -19,7 +18,7 @@ from ..batch.trees import joined, map_tensors
 from ..settings.errors import GuidanceError
 from ..settings.perturbation import BlockPerturbation
 from .compat import in_the_same_step, patches_in
-from .joining import FINAL, cause_of
+from .joining import BLAMELESS, cause_of
 from .precomputed import NOT_EVALUATED, REORDERED, Prediction, inputs_of
 from .state import BranchState
 from .step import Step
@@ -129,8 +128,8 @@ class PerturbedPass:
         try:
             return self._computed(call, inner)
         except Exception as error:
-            blameless = not (self.step.may_mix or patches_in(call.options))
-            if blameless or isinstance(error, (*FINAL, OOM_EXCEPTION)):
+            beside = self.step.may_mix or patches_in(call.options)
+            if isinstance(error, BLAMELESS) or not beside:
                 raise
             raise GuidanceError(
                 f"{self.state.label} cannot perturb {self.state.branch.perturbation.where} beside "

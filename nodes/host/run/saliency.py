@@ -49,7 +49,7 @@ def request(state: BranchState, step: Step, call: Call) -> SaliencyRequest:
     assert blur.source is not None
     run, shape = step.run, step.evaluations[0].latent.shape
     chunks = [i for i, uuid in enumerate(call.uuids) if uuid in state.wanted]
-    again = any(sum(uuid in one for one in step.together) > 1 for uuid in call.uuids)
+    again = any(step.times[uuid, call.window] > 1 for uuid in call.uuids)
     in_tiles = again and call.x.shape[2:] != shape[2:]
     if chunks and call.window is None and (call.chunk_rows != shape[0] or in_tiles):
         raise GuidanceError(

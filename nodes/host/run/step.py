@@ -124,7 +124,7 @@ class Step:
         first = self.evaluations[0]
         if not self.in_base_pass or x.shape != first.latent.shape:
             return
-        known = next((one for one in self.evaluations if one.given is x), None)
+        known = self._named(x)
         alike = (x.device, x.dtype) == (first.latent.device, first.latent.dtype)
         if known is None and alike and torch.equal(x, first.latent):
             known = first
@@ -148,8 +148,11 @@ class Step:
 
     def evaluation(self, latent: torch.Tensor) -> Evaluation:
         """Return the evaluation that a latent names; the last, if a guider made the latent."""
-        named = (one for one in reversed(self.evaluations) if one.given is latent)
-        return next(named, self.evaluations[-1])
+        return self._named(latent) or self.evaluations[-1]
+
+    def _named(self, latent: torch.Tensor) -> Evaluation | None:
+        """Return the last evaluation of a latent itself; None if there is none."""
+        return next((one for one in reversed(self.evaluations) if one.given is latent), None)
 
     def prediction(self, evaluation: Evaluation, args: Args, side: str) -> torch.Tensor | None:
         """Return the prediction of one side as it was evaluated; None if none was made.

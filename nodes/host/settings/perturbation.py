@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ....seg_core import Block, Target, describe_targets, draw_blocks
 from .changes import Change, SmoothQueries
@@ -92,8 +93,8 @@ class InputBlur:
     kernel: str
     threshold: float
 
-    targets: tuple[Target, ...] = ()
-    smooth: SmoothQueries | None = None
+    targets: ClassVar[tuple[Target, ...]] = ()
+    smooth: ClassVar[SmoothQueries | None] = None
 
     @property
     def where(self) -> str:
